@@ -15,6 +15,8 @@ from .engine.inputs import batches, input_count
 from .engine.state import undisturbed
 from .errors import ChanpatchError, ContrastError, SiteError
 from .patching.cache import ActivationCache
+from .patching.edits import check_mask
+from .patching.patch import Mask
 from .patching.recording import Recorder, Reduce, reduced_axes
 from .registry.points import HookPoints
 from .registry.sites import HookPoint, Site
@@ -140,7 +142,8 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
-    `run` restores the model between forward passes, and `error` is the exception class to raise.
+    `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
+    tensor, it has one row for each input, or a single row for all inputs.
     """
 
     run: undisturbed
@@ -149,10 +152,12 @@ class Collector:
     reduce: Reduce | None
     batch_size: int
     error: type[ChanpatchError]
+    where: Mask | None = None
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
         """Run the model on each batch of inputs, and yield one cache per batch, with the activations on the CPU."""
         whole("batch_size", self.batch_size, 1, self.error)
+        self._check_mask(inputs)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
         if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
             raise self.error(
@@ -161,13 +166,27 @@ class Collector:
             )
         proved = any(point.batch_axis is not None for point in taken)
         shared = {point.path: point.shape[0] or 0 for point in taken if proved and point.batch_axis is None}
+        options: dict[str, Any] = {"double": self.reduce is not None, "device": "cpu", "stop": True}
+        start = 0
         for arguments, keywords in self.run.apart(batches(inputs, self.batch_size, shared)):
-            recorder = Recorder(
-                self.points, self.sites, self.reduce, double=self.reduce is not None, device="cpu", stop=True
-            )
+            recorder = Recorder(self.points, self.sites, self.reduce, where=self.where, first_row=start, **options)
             with torch.no_grad():
                 recorder.run_once(arguments, keywords)
+            start += recorder.rows
             yield recorder.result
+
+    def _check_mask(self, inputs: Any) -> None:
+        """Raise an error if `where` is a tensor without one row per input; a single row is for all inputs."""
+        count = input_count(inputs) if isinstance(inputs, (Tensor, tuple, Mapping)) else "an unknown number of"
+        for site in self.sites if isinstance(self.where, Tensor) else ():
+            check_mask(self.where, site)
+            axis = point_at(site).batch_axis
+            rows = 1 if axis is None else self.where.shape[axis]  # type: ignore[union-attr]
+            if rows not in (1, count):
+                raise self.error(
+                    f"`where` has {rows} rows, but there are {count} inputs. Pass a mask with one row per input, a "
+                    "mask with one row, or a function of the context, which runs for each batch."
+                )
 
     def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
         """Return each site's activations with shape `(input, channel)`; error messages call the inputs `name`."""
@@ -196,6 +215,12 @@ class Collector:
         for cache in self.caches(inputs):
             part = {site: sampled(cache, site) for site in self.sites}
             for site, sample in part.items():
+                empty = False if cache.counts is None else (sampled(cache.counts, site) == 0)
+                for wrong in np.argwhere(empty)[:1].tolist():
+                    raise self.error(
+                        f"`where` selects nothing in {name}[{start + wrong[0]}] at {site!r}. Leave out that input, or "
+                        "select at least one element in each channel."
+                    )
                 for wrong in np.argwhere(~np.isfinite(sample))[:1].tolist():
                     raise self.error(
                         f"{name}[{start + wrong[0]}] produces a non-finite activation at {site!r}. Leave out either "

@@ -10,7 +10,7 @@ from measured import measured
 from models import MODELS, build
 from second_device import DEVICE, second_device
 
-from chanpatch import hook_points, patch_in, patched, run_with_cache
+from chanpatch import channel_sums, hook_points, patch_in, patched, run_with_cache
 from chanpatch.errors import ChanpatchError
 
 
@@ -33,6 +33,18 @@ def test_a_record_goes_to_the_device_that_was_asked_for():
         batch = inputs(4)[0].to(DEVICE)
         _, cache = run_with_cache(module.to(DEVICE), batch, sites=[site], device="cpu")
     assert cache[site].device == torch.device("cpu")
+
+
+def test_a_mask_on_the_cpu_selects_what_is_reduced_there():
+    module, inputs, site = build("plain_cnn")
+    batch, mask = inputs(4)[0], torch.arange(8).view(1, 1, 1, 8) < 3
+    expected = channel_sums(module, batch, site, where=mask)
+    with second_device():
+        batch = batch.to(DEVICE)
+        points = hook_points(module.to(DEVICE), batch)
+        _, cache = run_with_cache(points, batch, sites=site, reduce="sum", where=mask)
+        torch.testing.assert_close(channel_sums(points, batch, site, where=mask), expected, rtol=1e-6, atol=1e-6)
+        assert cache.counts[site].device == cache[site].device == DEVICE
 
 
 def test_an_operand_on_the_wrong_device_is_refused_with_both_named():

@@ -165,7 +165,7 @@ def test_outside_a_rollout_a_row_is_its_own_environment_and_has_no_seed(points, 
     with pytest.raises(RolloutError) as caught, patched(points, edit(site, note)):
         points.model(torch.zeros(3, 4))
     assert seen == [([0, 1, 2], None, None, 0)]
-    assert str(caught.value) == "The patch at Site('1') uses context.seeds, which is available only in a rollout."
+    assert str(caught.value) == "context.seeds at Site('1') is available only in a rollout."
 
 
 class Near:

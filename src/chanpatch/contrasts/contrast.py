@@ -13,7 +13,9 @@ from torch import nn
 from ..channels import Collector, Floats, check_leaves_channels, pair_count, point_at, rounding
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
-from ..errors import ContrastError, SiteError
+from ..errors import ContrastError, EditError, SiteError
+from ..patching.edits import check_mask
+from ..patching.patch import Mask
 from ..patching.recording import Reduce, reduced_axes
 from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
@@ -30,6 +32,7 @@ def contrast(
     sites: str | Site | HookPoint | Iterable[str | Site | HookPoint] = "all",
     *,
     reduce: Reduce = "sum",
+    where: Mask | None = None,
     background: Inputs | Iterable[Inputs] | None = None,
     absolute: bool = False,
     clusters: ArrayLike | None = None,
@@ -46,6 +49,8 @@ def contrast(
             same activations as an earlier site.
         reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. The layers of a
             recurrent state are compared separately unless an einops pair combines them.
+        where: Elements to reduce, as in `recording`; a mask has one row per pair or a single row. At least one element
+            of each input and channel must be selected.
         background: At least two inputs from which to measure each channel's usual variation, in the same format as
             `clean` or as an iterable of batches.
         absolute: Whether to rank channels by the mean absolute difference, for features that can have either sign. With
@@ -56,8 +61,9 @@ def contrast(
 
     Raises:
         HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.
+        EditError: If `where` does not match a site's region.
         ContrastError: If clean and corrupted inputs do not form pairs, clusters do not match the pairs, the background
-            is too small, or an activation is not finite.
+            is too small, an activation is not finite, or `where` selects nothing in an input.
 
     Example:
         >>> import torch
@@ -74,9 +80,9 @@ def contrast(
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
     labels = cluster_numbers(clusters, pair_count(clean, corrupted), ContrastError)
-    chosen, skipped = _searched(points, sites, reduce)
+    chosen, skipped = _searched(points, sites, reduce, where)
     with undisturbed(points.model) as run:
-        collect = Collector(run, points, chosen, reduce, batch_size, ContrastError)
+        collect = Collector(run, points, chosen, reduce, batch_size, ContrastError, where)
         one = collect.samples("clean", clean)
         run.put_back()  # the clean and the corrupted run use the same initial state and random draws
         other = collect.samples("corrupted", corrupted)
@@ -124,6 +130,7 @@ def contrast(
         _points=points,
         _inputs=(clean, corrupted),
         _batch_size=batch_size,
+        _where=where,
     )
 
 
@@ -136,7 +143,7 @@ def _no_p(absolute: bool, independent: int) -> str:
     return ""
 
 
-def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
+def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None) -> tuple[list[Site], dict[str, str]]:
     """Return the sites to compare, in execution order, and, by name, why each of the other hook points was skipped."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
@@ -150,10 +157,12 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site
             if point.batch_axis is None:
                 raise SiteError(f"{site!r} has no known batch axis, so its rows cannot be paired.")
             check_leaves_channels(site, reduce)
+            if where is not None and not callable(where):
+                check_mask(where, site)
             # The layers and directions of a recurrent state have unrelated features.
             split = isinstance(reduce, str) and "layer" in point.axes
             found += map(points.bind, site.split("layer")) if split else [site]
-        except SiteError as fault:
+        except (SiteError, EditError) as fault:
             if not is_search:
                 raise
             skipped[site.name] = str(fault)

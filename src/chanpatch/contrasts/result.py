@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..channels import NO_MOMENTS, Collector, Floats, Moments
+from ..channels import Collector, Floats
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
+from ..patching.patch import Mask
+from ..patching.verbs import check_selected, mean_pattern
 from ..registry.points import HookPoints, site_of
 from ..registry.sites import Site
 from ..results import Effects, columns, interval_notes, shown_effect, shown_p
@@ -62,6 +65,7 @@ class Contrast(Effects):
     _points: HookPoints
     _inputs: tuple[Any, Any]
     _batch_size: int
+    _where: Mask | None
     _by_row = ("sites", "difference", "absolute", "std", "_effect", "low", "high", "p", "note")
 
     def effect(self) -> Floats:
@@ -72,14 +76,22 @@ class Contrast(Effects):
         """
         return self._effect
 
-    def steering_vector(self, site: str | Site) -> Tensor:
+    def steering_vector(
+        self, site: str | Site, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
+    ) -> Tensor:
         """Return the mean difference between clean and corrupted activations at a site, as a vector for `steer`.
 
         Args:
             site: Any site in the model, not necessarily part of the contrast.
+            over: Axis or axes to average over, including the batch axis.
+            where: Elements to average, as in `recording`; None for the elements that the contrast selected.
 
         Returns:
-            Tensor with the same axes as the site's region, and size 1 along the batch axis.
+            Tensor with the same axes as the site's region, and size 1 along the axes in `over`.
+
+        Raises:
+            SiteError: If the batch axis is unknown or not in `over`, or `over` contains an unknown axis.
+            ContrastError: If `where` selects nothing for an element of the mean.
 
         References:
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
@@ -89,15 +101,23 @@ class Contrast(Effects):
         point = self._points[bound.name]
         if point.batch_axis is None:
             raise SiteError(f"{bound!r} has no known batch axis, so a mean over pairs cannot be computed.")
-        axis = point.batch_axis
-        means = []
+        pattern = mean_pattern("steering_vector", bound, over)
+        if (batch := point.axes[point.batch_axis]) not in over:
+            raise SiteError(f"steering_vector at {bound!r}: over= must contain {batch!r}; got {over!r}.")
+        where = self._where if where is None else where
+        where = torch.ones((1,) * len(point.axes), dtype=torch.bool) if where is None else where
+        means: list[Tensor] = []
         with undisturbed(self._points.model) as run:
+            collect = Collector(run, self._points, [bound], (pattern, "sum"), self._batch_size, ContrastError, where)
             for inputs in self._inputs:
                 run.put_back()
-                caches = Collector(run, self._points, [bound], None, self._batch_size, ContrastError).caches(inputs)
-                parts = (Moments.of(cache[bound].double().movedim(axis, 0).numpy()) for cache in caches)
-                means.append(sum(parts, start=NO_MOMENTS).mean)
-        return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
+                total, counts = torch.zeros(()), torch.zeros((), dtype=torch.long)
+                for cache in collect.caches(inputs):
+                    found = cache.counts[bound]  # type: ignore[index]  # recorded with `where`
+                    total, counts = total + torch.where(found > 0, cache[bound], 0.0), counts + found
+                check_selected(f"steering_vector at {bound!r}: `where`", counts, ContrastError)
+                means.append(total / counts)
+        return (means[0] - means[1]).to(point.dtype)
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per channel, with its site, all its numbers, its note, and `no_p`."""

@@ -29,9 +29,13 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         activations: Activation at each site, with all axes of the region or, after a reduction, the remaining axes.
         axes: Axis names for each activation.
         batch_axes: Index of the batch axis in each activation; None if the batch axis is unknown.
+
+    Attributes:
+        counts: Cache of the number of elements that `where` selected for each value; None without `where`.
     """
 
     _most = None
+    counts: ActivationCache | None = None
     _is_mean = False  # whether the single row may broadcast over the rows of another cache
 
     def __init__(
@@ -103,6 +107,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         names = self._matching(pattern)
         same = self._like(lambda activation, site: activation)
         same._parts = {site: parts for site, parts in same._parts.items() if site.name in names}
+        same.counts = self.counts and self.counts.select(pattern)
         if not same:
             raise HookPointError(f"No site in the cache matches '{pattern}'. Sites: {', '.join(map(repr, self))}.")
         return same
@@ -184,7 +189,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
         """Return a copy of the cache on another device or with another dtype. Arguments are passed to `Tensor.to`."""
-        return self._like(lambda activation, site: activation.to(*args, **kwargs))
+        moved = self._like(lambda activation, site: activation.to(*args, **kwargs))
+        moved.counts = self.counts
+        return moved
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per element, with the site, the index along each axis, and the value.
@@ -215,6 +222,18 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             }
             for site, activation in self.items()
         ]
+
+    def _notes(self) -> list[str]:
+        notes = []
+        for site, counts in (self.counts or {}).items():
+            axis, empty = self._batch_axes[site], (counts == 0).nonzero()
+            if len(empty):
+                rows = [] if axis is None else sorted({*empty[:, axis].tolist()})
+                place = (
+                    f"in rows {', '.join(map(str, rows[:8]))}{', ...' * (len(rows) > 8)}" if rows else "for some values"
+                )
+                notes.append(f"NaN at {site!r}: `where` selects nothing {place}.")
+        return notes
 
     def _title(self) -> str:
         return f"ActivationCache of {len(self)} sites"

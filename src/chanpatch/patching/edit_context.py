@@ -99,16 +99,14 @@ class Context:
     def _in_rollout(self, name: str) -> Any:
         found = getattr(self.moment.published, name)
         if found is None:
-            raise RolloutError(
-                f"The patch at {self._region[0]!r} uses context.{name}, which is available only in a rollout."
-            )
+            raise RolloutError(f"context.{name} at {self._region[0]!r} is available only in a rollout.")
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
         """Return the entries of `numbers` (one per row of the batch; None means 0, 1, 2, ...) for the region's rows."""
         site, axis, leaf, positions = self._region
         if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} needs a known batch axis. {no_batch(site)}")
+            raise BatchAxisError(f"context.rows at {site!r} needs a known batch axis. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:

@@ -298,16 +298,20 @@ def _out_of_range(dtype: torch.dtype, number: float) -> str:
     return ""
 
 
-def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise EditError unless a mask is a bool tensor that matches the region."""
+def check_mask(
+    mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None, *, name: str = "where"
+) -> None:
+    """Raise EditError unless `name` is a bool tensor that matches the region, which is the traced region by default."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
-            f"`where` at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool "
-            f"tensor; got {got}."
+            f"`{name}` at {site!r} must be a bool tensor (such as column < 12)"
+            f"{' or a function that returns a bool tensor' * (name == 'where')}; got {got}."
         )
+    if lengths is None and site.point is not None:
+        axes, lengths = site.point.axes, region_lengths(site, site.point)
     if lengths is not None and not fits(mask, lengths, or_one=True):
-        raise shape_error(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")
+        raise shape_error(f"`{name}` at {site!r}", "mask", mask, axes, lengths, "selects")
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:

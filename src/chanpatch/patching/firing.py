@@ -78,6 +78,13 @@ class Located:
                 return known
         return axes, axes.index("batch") if "batch" in axes else None
 
+    def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
+        if not isinstance(mask, Tensor):
+            given: Any = context and context.mask_of(mask)  # if `where` is a function, there is always a context
+            mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
+            check_mask(mask, self.site, self.axes, region.shape)
+        return mask.to(region.device)  # masks are often made on the CPU
+
     def _check(self, leaf: Tensor) -> None:
         """Raise an error if the patch or recording cannot be applied to the site's region of the tensor."""
 
@@ -200,13 +207,6 @@ class Firing(Located):
                 "activation.mul_(0)."
             )
         return region if new is given else new
-
-    def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
-        if not isinstance(mask, Tensor):
-            given: Any = context and context.mask_of(mask)  # if `where` is a function, there is always a context
-            mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
-            check_mask(mask, self.site, self.axes, region.shape)
-        return mask.to(region.device)  # masks are often made on the CPU
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):

@@ -52,14 +52,13 @@ class Patch:
                 f"The edit at {self.site!r} must be callable; got {type(self.edit).__name__}. Use Set(value) to set "
                 "the activation to a value, or a function that maps the activation to a new activation."
             )
-        point = self.site.point
-        axes, lengths = ((), None) if point is None else (point.axes, region_lengths(self.site, point))
-        if point is not None and lengths is not None:
+        if (point := self.site.point) is not None:
             if point.read_only:
                 raise UnsupportedModelError(read_only(point.name))
-            check_operands(self.edit, self.site, axes, lengths, point.dtype, point.device)
+            lengths = region_lengths(self.site, point)
+            check_operands(self.edit, self.site, point.axes, lengths, point.dtype, point.device)
         if self.where is not None and not callable(self.where):
-            check_mask(self.where, self.site, axes, lengths)
+            check_mask(self.where, self.site)
         object.__setattr__(self, "takes_context", _takes_context(self.edit))
 
     @property

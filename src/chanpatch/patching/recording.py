@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import einops
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +18,13 @@ from ..engine.paths import Place, inside_vmap
 from ..engine.sessions import Attached, Session, StopForward
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, resolve, sites_of
-from ..registry.sites import Axes, HookPoint, Site, read, written
+from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
 from .cache import ActivationCache
 from .contexts import ContextSession, Opened, allowed_names, check_reached
 from .edit_context import Context
-from .edits import region_lengths
+from .edits import check_mask, region_lengths
 from .firing import Located
+from .patch import Mask
 
 Reduce: TypeAlias = 'Literal["sum", "mean", "max", "norm"] | tuple[str, str | Callable[..., Tensor]]'
 Sites: TypeAlias = "str | Site | HookPoint | Iterable[str | Site | HookPoint]"
@@ -32,6 +36,7 @@ def recording(
     reduce: Reduce | None = None,
     before: bool = False,
     *,
+    where: Mask | None = None,
     detach: bool = True,
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
@@ -47,6 +52,9 @@ def recording(
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
+        where: Elements to reduce; None for all elements. Accepts the same values as `where` in Patch, and needs
+            `reduce`. `cache.counts` contains the number of elements behind each value. A value without any elements is
+            NaN. Integers become float64.
         detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
             record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
         device: Device for the records; None to keep each record on its activation's device.
@@ -57,6 +65,7 @@ def recording(
 
     Raises:
         HookPointError, SiteError: If there are no sites, or if a site does not exist or cannot be reduced.
+        EditError: If `where` does not match a site's region.
         ValueError: If a name in `allow_unreached` is not recorded.
         UnsupportedModelError: If the model would ignore hooks.
         UnreachedError: On exit, if a site was never reached.
@@ -71,7 +80,7 @@ def recording(
     chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator would be empty later
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
-    return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
+    return Opened(lambda: Recorder(points_or_model, chosen, reduce, where=where, **options))
 
 
 def run_with_cache(  # noqa: D417
@@ -79,6 +88,7 @@ def run_with_cache(  # noqa: D417
     *inputs: Any,
     sites: Sites,
     reduce: Reduce | None = None,
+    where: Mask | None = None,
     device: torch.device | str | None = None,
     stop: bool = False,
     detach: bool = True,
@@ -89,7 +99,7 @@ def run_with_cache(  # noqa: D417
     Args:
         points_or_model: Model or HookPoints. With HookPoints, the traced method runs.
         inputs: Positional arguments for the model.
-        sites, reduce, device, detach: Same as in recording.
+        sites, reduce, where, device, detach: Same as in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
             still completes if the model temporarily replaces parameters, or if a site has no trace and no call index.
         keywords: Keyword arguments for the model.
@@ -98,7 +108,7 @@ def run_with_cache(  # noqa: D417
         `(output, cache)`, or only the cache if `stop` is True.
 
     Raises:
-        HookPointError, SiteError, UnreachedError: Same as in recording.
+        HookPointError, SiteError, EditError, UnreachedError: Same as in recording.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
@@ -106,7 +116,7 @@ def run_with_cache(  # noqa: D417
         >>> torch.equal(cache["0"].relu(), output)
         True
     """
-    recorder = Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
+    recorder = Recorder(points_or_model, sites, reduce, where=where, detach=detach, device=device, stop=stop)
     output = recorder.run_once(inputs, keywords)
     return recorder.result if stop else (output, recorder.result)
 
@@ -114,12 +124,16 @@ def run_with_cache(  # noqa: D417
 class Recorder(ContextSession):
     """Session that records sites. If `double` is True, reductions run in double precision."""
 
+    rows = 0  # number of rows in the forward pass
+
     def __init__(
         self,
         points_or_model: HookPoints | nn.Module,
         sites: Sites,
         reduce: Reduce | None,
         *,
+        where: Mask | None = None,
+        first_row: int | None = None,  # for one batch of many inputs: the index of its first row
         double: bool = False,
         before: bool = False,
         detach: bool = True,
@@ -128,7 +142,14 @@ class Recorder(ContextSession):
         allow_unreached: Iterable[str] = (),
     ) -> None:
         super().__init__(points_or_model)
+        if where is not None and reduce is None:
+            raise SiteError(
+                "`where` needs a reduction of the selected elements, as in reduce='mean'. Without a reduction, omit "
+                "`where`, and apply the mask to the recorded activation."
+            )
         self.result = ActivationCache({}, {}, {})
+        self.result.counts = None if where is None else ActivationCache({}, {}, {})
+        self.where, self.first_row = where, first_row
         self.reduce, self.double, self.device, self.keeps_graph = reduce, double, device, not detach
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
@@ -172,10 +193,14 @@ class _Record(Located):
     def __init__(self, recorder: Recorder, site: Site, point: Place) -> None:
         super().__init__(site, point, recorder.modules.get(point.module))
         self._recorder = recorder
-        self.wants_names = isinstance(recorder.reduce, str)
+        where = recorder.where
+        self.wants_names = isinstance(recorder.reduce, str) or callable(where)
+        if where is not None and not callable(where):
+            check_mask(where, site)
         if isinstance(point, HookPoint) and recorder.reduce is not None:  # check that the reduction applies
             region = torch.empty([n or 1 for n in region_lengths(site, point)], dtype=point.dtype, device="meta")
-            reduced(region, site, point.axes, recorder.reduce, double=recorder.double)
+            mask = None if where is None else torch.ones_like(region, dtype=torch.bool)
+            reduced(region, site, point.axes, recorder.reduce, mask, double=recorder.double)
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
         if published.now.repeated and not self._recorder.in_repeated:
@@ -193,15 +218,17 @@ class _Record(Located):
         region = read(seen, self.positions)
         if not recorder.keeps_graph:
             region = region.detach()
-        value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
+        mask = None if recorder.where is None else self._selected(recorder.where, region, seen, session)
+        value, counts = reduced(region, self.site, self.axes, recorder.reduce, mask, double=recorder.double)
         in_forward = value is region and recorder.keeps_graph  # the forward pass continues from the record
         # Indexing with a list already makes a copy.
         copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
-        if recorder.device is not None:
-            value = value.to(recorder.device)
-        recorder.result._append(self.site, value, *self._kept, self._steps(seen, session))
+        device = value.device if recorder.device is None else recorder.device
+        recorder.result._append(self.site, value.to(device), *self._kept, self._steps(seen, session))
+        if counts is not None and recorder.result.counts is not None:
+            recorder.result.counts._append(self.site, counts.to(device), *self._kept)
         recorder.missing.discard(self.site)
         if recorder.stops and not recorder.missing:
             recorder.stop(recorder)
@@ -209,6 +236,19 @@ class _Record(Located):
             return leaf
         rewritten = written(seen, self.positions, value.clone())
         return rewritten if self._lens is None else self._lens.merge(rewritten, leaf)
+
+    def _selected(self, where: Mask, region: Tensor, leaf: Tensor, session: Session) -> Tensor:
+        """Return the mask of the elements to reduce."""
+        moment, first, axis = session.moment(), self._recorder.first_row, self.batch_axis
+        if first is not None and axis is not None:
+            self._recorder.rows = leaf.shape[axis]
+            rows = np.arange(first, first + leaf.shape[axis])
+            moment = replace(moment, published=replace(moment.published, rows=rows))
+            if isinstance(where, Tensor) and where.shape[axis] > 1:
+                where = where.narrow(axis, first, leaf.shape[axis])
+                where = read(where, {axis: self.positions[axis]} if axis in self.positions else {})
+        mask = self._mask(where, region, Context(moment, self.site, axis, leaf, self.positions))
+        return mask.expand(region.shape)
 
     def _steps(self, leaf: Tensor, session: Session) -> Tensor | None:
         """Return the episode and the step of each row; None if the rows are not those of a rollout."""
@@ -221,12 +261,18 @@ class _Record(Located):
         return torch.stack([rows, torch.full_like(rows, now.step)], 1)
 
     def _check(self, leaf: Tensor) -> None:
+        where = self._recorder.where
+        if where is not None and (layout := unusual_layout(leaf)):
+            raise UnsupportedModelError(f"`where` at {self.site!r} needs a dense tensor; got {layout}. Omit `where`.")
+        if isinstance(where, Tensor) and self._recorder.first_row is None:
+            check_mask(where, self.site, self.axes, read(leaf, self.positions).shape)
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
         batch = None if self.batch_axis is None else self.axes[self.batch_axis]
         self._kept = axes, axes.index(batch) if batch in axes else None
 
 
 _KEPT = ("batch", "channel", "feature", "component")
+_UNSELECTED = {"sum": 0.0, "mean": 0.0, "norm": 0.0, "max": -math.inf, "min": math.inf, "prod": 1.0}  # have no effect
 _BUILT_IN: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "norm": torch.linalg.vector_norm}
 _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
@@ -261,9 +307,14 @@ def _expanded(side: str, rest: int) -> list[str]:
     return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
 
 
-def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
-    """Reduce a region; raise SiteError if the reduction does not apply to the region."""
-    if double:
+def reduced(
+    region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, mask: Tensor | None = None, *, double: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Reduce a region; with a mask of the same shape, reduce the selected elements, and count them for each value.
+
+    A value without any elements is NaN. SiteError is raised if the reduction does not apply to the region.
+    """
+    if double or (mask is not None and not (region.is_floating_point() or region.is_complex())):
         if region.is_complex():
             raise SiteError(
                 f"{site!r} is {region.dtype}, which cannot be converted to real double precision. Call "
@@ -271,15 +322,29 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
             )
         region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # mps lacks float64
     kept = reduced_axes(site, axes, reduce)
-    if reduce is None or kept == axes:
-        return region.abs() if reduce == "norm" else region  # the sum, mean and maximum of one element are equal
-    if region.dtype in (torch.float16, torch.bfloat16):
+    name: Any = reduce[1] if isinstance(reduce, tuple) else reduce
+    if mask is not None and (callable(name) or name not in _UNSELECTED):
+        raise SiteError(
+            f"With `where`, the reduction at {site!r} must be one of {', '.join(map(repr, _UNSELECTED))}; got {name!r}."
+        )
+    if kept != axes and region.dtype in (torch.float16, torch.bfloat16):
         region = region.float()  # sums easily overflow half precision
-    try:
+
+    def apply(tensor: Tensor, name: Any) -> Tensor:
+        if kept == axes:
+            return tensor.abs() if name == "norm" else tensor  # the sum, mean and maximum of one element are equal
         if isinstance(reduce, tuple):
-            return einops.reduce(region, *reduce)
+            return einops.reduce(tensor, reduce[0], name)
         over = [number for number, axis in enumerate(axes) if axis not in kept]
-        return _BUILT_IN[reduce](region, dim=over)  # type: ignore[no-any-return]
+        return _BUILT_IN[name](tensor, dim=over)  # type: ignore[no-any-return]
+
+    try:
+        if mask is None:
+            return apply(region, name), None
+        counts = apply(mask.long(), "sum")
+        value = apply(torch.where(mask, region, _UNSELECTED[name]), "sum" if name == "mean" else name)
+        value = value / counts.clamp(min=1) if name == "mean" else value
+        return torch.where(counts > 0, value, math.nan), counts
     except (einops.EinopsError, RuntimeError, TypeError) as fault:
         raise SiteError(
             f"reduce={reduce!r} cannot be applied to {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "

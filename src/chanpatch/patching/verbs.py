@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import BatchAxisError, EditError, SiteError, did_you_mean
+from ..errors import BatchAxisError, ChanpatchError, EditError, SiteError, did_you_mean
 from ..registry.sites import Site, no_batch, read
-from .edits import Add, Edit, Per, Resample, Set, fits, region_lengths
+from .edits import Add, Edit, Per, Resample, Set, check_mask, fits, region_lengths, shape_error
 from .patch import Mask, Patch
+from .recording import reduced
 
 Source: TypeAlias = Mapping[Any, torch.Tensor] | torch.Tensor
 
@@ -30,7 +31,12 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 
 
 def mean_ablate(
-    site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
+    site: Site,
+    reference: Source,
+    *,
+    over: str | Sequence[str] = ("batch",),
+    reference_where: torch.Tensor | None = None,
+    where: Mask | None = None,
 ) -> Patch:
     """Return a patch that sets the region to its mean over a reference set; the site must be traced.
 
@@ -39,10 +45,13 @@ def mean_ablate(
         reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
             the whole hook point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
+        reference_where: Elements of the reference to average; None for all elements. Pass a bool tensor with the axes
+            of the reference's region, each with the region's length or length 1.
 
     Raises:
         SiteError: If the site has no trace, `over` is empty, or an axis does not exist.
-        EditError: If the reference does not have the region's axes, or is not floating-point.
+        EditError: If the reference does not have the region's axes, or is not floating-point, or `reference_where`
+            does not match the reference or selects nothing for an element of the mean.
 
     Example:
         >>> from chanpatch import hook_points
@@ -53,25 +62,52 @@ def mean_ablate(
     References:
         Wang et al. 2023, "Interpretability in the wild", section 2.1.
     """
-    region = _region(site, reference)
+    region, pattern = _region(site, reference), mean_pattern("mean_ablate", site, over)
+    if not region.is_floating_point():
+        raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
+    mask, point = reference_where, site.point
+    assert point is not None  # otherwise mean_pattern raises an error
+    lengths, subject = region_lengths(site, point), f"mean_ablate at {site!r}"
+    if region.dim() != len(lengths):
+        raise shape_error(subject, "reference", region, point.axes, lengths, "varies")
+    if mask is not None:
+        check_mask(mask, site, point.axes, region.shape, name="reference_where")
+        mask = mask.to(region.device).expand(region.shape)
+    mean, counts = reduced(region, site, point.axes, (pattern, "mean"), mask)
+    if counts is not None:
+        check_selected(f"{subject}: `reference_where`", counts, EditError)
+    return Patch(site, Set(mean.to(region.dtype)), where)
+
+
+def mean_pattern(verb: str, site: Site, over: str | Sequence[str]) -> str:
+    """Return the einops pattern that reduces a traced site's axes `over` to length 1; `verb` is for error messages."""
     if site.point is None:
         raise SiteError(
-            f"mean_ablate at {site!r} needs axis names. Create the site with hook_points(model, *inputs).site(...)."
+            f"{verb} at {site!r} needs axis names. Create the site with hook_points(model, *inputs).site(...)."
         )
     axes = site.point.axes
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
         raise SiteError(
-            f"mean_ablate at {site!r}: the argument over= is empty. Pass at least one of the axes ({', '.join(axes)})."
+            f"{verb} at {site!r}: the argument over= is empty. Pass at least one of the axes ({', '.join(axes)})."
         )
     if unknown := [axis for axis in over if axis not in axes]:
         raise SiteError(
-            f"mean_ablate at {site!r}: the argument over= contains {unknown}, but the axes are ({', '.join(axes)})."
+            f"{verb} at {site!r}: the argument over= contains {unknown}, but the axes are ({', '.join(axes)})."
             + did_you_mean(str(unknown[0]), axes)
         )
-    if not region.is_floating_point():
-        raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
-    return Patch(site, Set(region.mean(dim=[axes.index(axis) for axis in over], keepdim=True)), where)
+    names = [f"axis{number}" for number in range(len(axes))]  # names from a user may not be valid in einops
+    left = ["1" if axis in over else name for axis, name in zip(axes, names, strict=True)]
+    return f"{' '.join(names)} -> {' '.join(left)}"
+
+
+def check_selected(subject: str, counts: torch.Tensor, error: type[ChanpatchError]) -> None:
+    """Raise `error` if a mask selected nothing for some elements in a mean; `subject` names the mask."""
+    if empty := int((counts == 0).sum()):
+        raise error(
+            f"{subject} selects nothing for {empty} of the {counts.numel()} elements in the mean. Select more "
+            "elements, or pass more axes in over=."
+        )
 
 
 def resample_ablate(

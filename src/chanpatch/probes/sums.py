@@ -12,6 +12,7 @@ from ..channels import Collector, channel_axis, check_leaves_channels, rows
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
+from ..patching.patch import Mask
 from ..patching.recording import Reduce
 from ..registry.points import HookPoints, site_of, traced
 from ..registry.sites import HookPoint, Site
@@ -24,6 +25,7 @@ def channel_sums(
     site: str | Site | HookPoint,
     *,
     reduce: Reduce = "sum",
+    where: Mask | None = None,
     batch_size: int = 64,
 ) -> NDArray[np.float64]:
     """Sum each channel over its positions, for every input; the result has shape `(input, channel)`.
@@ -37,10 +39,13 @@ def channel_sums(
         site: Site with a channel or feature axis.
         reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
             einops pair that keeps the batch axis and at most one other axis.
+        where: Elements to reduce, as in `recording`; a mask has one row per input or a single row. A sum over no
+            elements is NaN.
         batch_size: Number of inputs per forward pass. Batches from an iterable are not split.
 
     Raises:
         HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
+        EditError: If `where` does not match the site's region.
         ProbeError: If the site has no channels, its batch axis is unknown, there are no inputs, or the first axis of
             the inputs is not the batch axis.
 
@@ -60,7 +65,7 @@ def channel_sums(
     check_leaves_channels(bound, reduce)
     parts: list[NDArray[np.float64]] = []
     with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
-        for cache in Collector(run, points, [bound], reduce, batch_size, ProbeError).caches(inputs):
+        for cache in Collector(run, points, [bound], reduce, batch_size, ProbeError, where).caches(inputs):
             parts.append(rows(cache, bound))
             advance(1)
     if not parts:
