@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ChanpatchError, EditError, UnreachedError
 from .patching.contexts import checked_patches
+from .patching.donors import Donor
 from .patching.edit_context import state_of
 from .patching.edits import Resample, Set
 from .patching.patch import Patch, edit_name
@@ -74,7 +75,8 @@ def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
     """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where` function."""
     known: dict[int, Any] = {}
     for label, patches in named:
-        for function in [function for patch in patches for function in (patch.edit, patch.where)]:
+        edits = [patch.edit.function if isinstance(patch.edit, Donor) else patch.edit for patch in patches]
+        for function in [*edits, *(patch.where for patch in patches)]:
             owner = state_of(function) if callable(function) else None
             if owner is not None and known.setdefault(id(owner), label) != label:
                 raise EditError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hooks import STAGES, RunEagerly, Undoable, drop, keys_of
+from .hooks import STAGES, RunEagerly, Station, Undoable, drop, keys_of
 
 
 class Observed(Undoable):
@@ -167,3 +167,27 @@ class DisabledSessions(Undoable):
         for session in self._sessions:
             session.disabled_by.discard(self._token)
             session.enabled = not session.disabled_by
+
+
+_OPEN_CALLS = ("_errors_before", "_copied", "_calls", "_just_patched")  # what a Station knows about calls in progress
+
+
+class Interrupted(DisabledSessions):
+    """Context for a forward pass of a model in the middle of another one: all sessions on the model are disabled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
+        self._calls = [(vars(at), {name: vars(at)[name] for name in _OPEN_CALLS}) for at in stations]
+        super().__init__(
+            {each.session for at in stations for each in at.listeners}.union(*(at.scopes for at in stations))
+        )
+
+    def _do(self) -> None:
+        for own, calls in self._calls:
+            own.update({name: type(each)() for name, each in calls.items()})
+        super()._do()
+
+    def _undo(self) -> None:
+        super()._undo()
+        for own, calls in self._calls:
+            own.update(calls)

@@ -72,6 +72,8 @@ class Moment:
     published: Published = field(default_factory=Published)
     running: str | None = None  # method of the root call; None outside a root call
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # masks from `where`, by `call_key` and call
+    model: Any = None  # the model or its hook points, for a donor's forward pass; None if the model was not called
+    method: str = "__call__"  # method that the donor's forward pass calls
 
 
 @dataclass(slots=True)

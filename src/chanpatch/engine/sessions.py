@@ -95,6 +95,7 @@ class Session:
 
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
+        self.points_or_model: Any = root
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
         self.had_gradients = False  # whether gradients were enabled when the root call began
@@ -190,7 +191,9 @@ class Session:
         if (call := self.root_call) is None:
             return Moment(call=self.call, published=published.now)
         inputs = (*call.args, *call.kwargs.values())
-        return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
+        model = self.points_or_model if call.station is None or call.station.module_id == id(self.root) else None
+        method = self.method if self.calls is not None or call.is_forward_of_method else call.method
+        return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks, model, method)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call when a module is called, unless that call belongs to the current root call."""
@@ -250,7 +253,7 @@ class Session:
         """Stop the forward pass by raising StopForward(token), after ending all root calls to the model."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
-            if session.root_call is not None and session.root_call.station is station:
+            if session.enabled and session.root_call is not None and session.root_call.station is station:
                 session._end(session.root_call, failed=True)
         raise StopForward(token)
 

@@ -87,9 +87,10 @@ class undisturbed:
             torch.get_rng_state(),
         )
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
-        self._gradients = torch.is_grad_enabled()
+        self._gradients, self._caches = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self._is_noted = True
         torch.set_grad_enabled(False)
+        torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would have no gradient
 
     def __exit__(self, kind: object, *error: object) -> None:
         try:
@@ -111,6 +112,7 @@ class undisturbed:
         try:
             if self._is_noted:
                 torch.set_grad_enabled(self._gradients)
+                torch.set_autocast_cache_enabled(self._caches)
                 self.put_back()
         except UnsupportedModelError:
             self._unlock()
@@ -382,7 +384,7 @@ def _refill(held: Any, content: Any) -> None:
         with torch.inference_mode(held.is_inference()), torch.no_grad():  # needed to modify inference tensors
             if held.shape != content.shape:
                 held.resize_(content.shape)
-            held.copy_(content)
+            held.data.copy_(content)  # `data` has its own version counter: the patched pass may have saved the tensor
     elif isinstance(held, np.ndarray):
         held[...] = content
     elif isinstance(held, _VARIABLES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -25,6 +26,8 @@ from ..errors import (
     did_you_mean,
 )
 from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
+from ..registry.sites import Site
+from .donors import joined
 from .edit_context import call_key, state_of
 from .firing import Firing, Ledger
 from .patch import Patch, edit_name
@@ -42,6 +45,7 @@ class ContextSession(Session):
 
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
+        self.points_or_model = points_or_model
         refuse_unhookable(self.modules)
         self._on_path: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
 
@@ -203,7 +207,8 @@ class Patching(ContextSession):
     ) -> None:
         super().__init__(points_or_model)
         self.check_nan = check_nan
-        self.patches = checked_patches(points_or_model, patches)
+        forwards = Counter[tuple[str, Site]]()  # of donors
+        self.patches = joined(checked_patches(points_or_model, patches), forwards)
         names = [patch.site.name for patch in self.patches]
         self.allow_unreached = allowed_names(allow_unreached, names, "patched")
         self.firings: list[Firing] = []
@@ -211,7 +216,7 @@ class Patching(ContextSession):
             point = resolve(self.modules, patch.site)
             self.firings.append(Firing(patch, point, self.modules.get(point.module), check_nan=check_nan))
             self.listen(point, "patch", self.firings[-1])
-        self.result = Ledger(self.firings)
+        self.result = Ledger(self.firings, forwards)
 
     def forget(self) -> None:
         """Reset for a new root call: mark all patches as not yet reached, and clear any NaN found."""

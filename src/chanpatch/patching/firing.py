@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from numbers import Real
 from typing import Any
@@ -245,12 +245,16 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Number of firings, rows written and elements written, for each patch and method."""
+    """Number of firings, rows written and elements written, for each patch and method.
+
+    If a patch has a donor, the ledger also counts the donor's forward passes. A forward pass that several patches share
+    counts for the first of these patches.
+    """
 
     _most = None
 
-    def __init__(self, firings: Sequence[Firing]) -> None:
-        self._firings = firings
+    def __init__(self, firings: Sequence[Firing], forwards: Mapping[tuple[str, Site], int] = {}) -> None:
+        self._firings, self._forwards = firings, forwards
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and method, with the method, site, edit, firings, rows and elements.
@@ -265,6 +269,7 @@ class Ledger(Records):
                 "firings": firings,
                 "rows": None if rows is None else int(rows),
                 "elements": int(elements),
+                **({"donor forwards": self._forwards.get((method, each.site), 0)} if self._forwards else {}),
             }
             for each in self._firings
             for method, (firings, rows, elements) in sorted(each.counts.items()) or [("", (0, 0, 0))]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 
+from ..engine.inputs import Inputs
 from ..errors import BatchAxisError, ChanpatchError, EditError, SiteError, did_you_mean
 from ..registry.sites import Site, no_batch, read
+from .donors import Donor
+from .edit_context import Context
 from .edits import Add, Edit, Per, Resample, Set, check_mask, fits, region_lengths, shape_error
 from .patch import Mask, Patch
 from .recording import reduced
@@ -140,13 +143,29 @@ def resample_ablate(
     return Patch(site, Resample(region, seed, site.point.batch_axis, per), where)
 
 
-def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -> Patch:
+def patch_in(
+    site: Site,
+    source: Source | float | None = None,
+    *,
+    donor: Callable[[Context], Inputs] | None = None,
+    where: Mask | None = None,
+) -> Patch:
     """Return a patch that replaces the region with an activation from another run (activation patching).
+
+    Pass either `source`, an activation that you already have, or `donor`, which says on which other inputs to run the
+    model each time that the patch applies.
 
     Args:
         site, where: Same as in Patch.
         source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
             axis must have the same length as in the patched run, or length 1.
+        donor: Function that maps the context to the inputs of another forward pass: a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments, with the same rows as `context.inputs`. The unpatched model runs
+            on copies of these inputs, by the traced method, without gradients or side effects. Patches with the same
+            function share one forward pass per call to the model.
+
+    Raises:
+        EditError: If both `source` and `donor` are given, or neither; or if `donor` is not a function.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -155,7 +174,21 @@ def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -
     References:
         Meng et al. 2022, "Locating and editing factual associations in GPT", section 2.1.
     """
-    return Patch(site, Set(source if isinstance(source, Real) else _region(site, source)), where)
+    if callable(source):
+        raise EditError(
+            f"The source at {site!r} is a function. Pass a function as donor: patch_in(site, donor=function)."
+        )
+    if (source is None) == (donor is None):
+        given = "neither" if source is None else "both"
+        raise EditError(f"patch_in at {site!r} needs either a source or a donor; got {given}.")
+    if donor is None:
+        return Patch(site, Set(source if isinstance(source, Real) else _region(site, source)), where)
+    if not callable(donor):
+        raise EditError(
+            f"The donor at {site!r} must be a function that maps the context to inputs, such as lambda context: "
+            f"other_inputs; got {type(donor).__name__}. To patch in an activation, pass it as `source`."
+        )
+    return Patch(site, Donor(donor), where)
 
 
 def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where: Mask | None = None) -> Patch:

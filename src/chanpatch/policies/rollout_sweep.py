@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ..engine.state import GENERATORS, Snapshot, generator_state, random_states,
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, no_p_among, reference_notes, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
+from ..patching.donors import joined
 from ..patching.edit_context import Context
 from ..patching.firing import Firing
 from ..patching.patch import Patch
@@ -163,7 +165,7 @@ class _Interventions:
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
         for _, each in patches:
-            own = [(patch, _point_with_rows(patch.site)) for patch in checked_patches(policy, each)]
+            own = [(patch, _point_with_rows(patch.site)) for patch in joined(checked_patches(policy, each), Counter())]
             self._firings.append([Firing(patch, point, check_nan=check_nan) for patch, point in own])
             points |= {point.name: point for _, point in own}
         shared = [

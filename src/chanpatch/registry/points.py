@@ -10,8 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import DisabledSessions
-from ..engine.hooks import Station
+from ..engine.calls import Interrupted
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
@@ -81,8 +80,12 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             dots = " `*` stops at a dot; `**` does not." if "*" in pattern else ""
             hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
             raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
+        return self._on(self.model, chosen)
+
+    def _on(self, model: nn.Module, points: Iterable[HookPoint] | None = None) -> HookPoints:
+        """Return the same hook points, or only the given ones, for a copy of the model."""
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
-        return HookPoints(self.model, chosen, **facts)
+        return HookPoints(model, self.values() if points is None else points, **facts)
 
     def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
         """Create a site, and check the site against the trace.
@@ -242,10 +245,8 @@ def names_by_trace(
     The trace may run in the middle of another forward pass, so all listeners are disabled during the trace.
     """
     if model not in _names:
-        stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
-        sessions = {at.session for each in stations for at in each.listeners}.union(*(each.scopes for each in stations))
         found = {}
-        with suppress(Exception), DisabledSessions(sessions):
+        with suppress(Exception), Interrupted(model):
             points = hook_points(model, *args, method=method, **kwargs).values()
             found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
         _names[model] = found

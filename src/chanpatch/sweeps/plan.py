@@ -126,7 +126,8 @@ class Forward:
         for patch in patches:
             point = patch.site.point or self.points[patch.site.name]
             firing = Firing(patch, point, check_nan=self.check_nan)
-            moment = Moment(inputs, point.call or 0, 0, published.now, self.points.method, masks)
+            method = self.points.method
+            moment = Moment(inputs, point.call or 0, 0, published.now, method, masks, self.points, method)
             activation = firing(activation, moment)
             flags += [] if firing.nan is None else [(patch, firing.nan)]
         return activation, flags
