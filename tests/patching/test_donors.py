@@ -10,7 +10,8 @@ from typing import Any
 import gymnasium
 import pytest
 import torch
-from policies import impala, recurrent
+from gymnasium.vector import SyncVectorEnv
+from policies import SEEDS, impala, recurrent
 from test_unfamiliar_models import GPT
 from torch import Tensor, nn
 
@@ -27,11 +28,13 @@ from chanpatch import (
     save,
     sweep,
     tap,
+    view,
     zero_ablate,
 )
 from chanpatch.errors import EditError, InterventionError, UnreachedError, UnsupportedModelError
 from chanpatch.metrics import logit_difference
 from chanpatch.policies import rollout_sweep
+from chanpatch.registry import Directions
 
 
 class Policy(nn.Module):
@@ -97,37 +100,48 @@ def test_a_donor_channel_of_an_impala_policy_equals_a_replacement_by_hand(site: 
 
 def test_the_donor_of_a_recurrent_policy_starts_from_the_state_that_the_policy_was_given() -> None:
     torch.manual_seed(0)
-    case = recurrent()
-    model, x, state = case.policy.eval(), torch.randn(3, 6), tuple(torch.randn(2, 1, 3, 8))
+    model, x, state = recurrent().policy.eval(), torch.randn(3, 6), tuple(torch.randn(2, 1, 3, 8))
     points = hook_points(model, x, state)
-    site = next(name for name in points if points[name].module == "lstm" and points[name].side == "out")
-
-    def replaced(own: Any, other: Any) -> Any:
-        return other[0], own[1]
-
-    seen = []
+    patch = patch_in(points.site("lstm.out[0]"), donor=blank)
     with torch.no_grad():
-        hook = model.lstm.register_forward_hook(lambda *each: seen.append(each[2]))
-        model(torch.zeros_like(x), state)
-        hook.remove()
-        hook = model.lstm.register_forward_hook(lambda *each: (seen[0][0], each[2][1]))
-        expected, after = model(x, state)
-        hook.remove()
-        for run in (PatchedPolicy(points, patch_in(points.site(site), donor=blank)),):
-            found, new = run(x, state)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(new, after)
+        seen, _ = model.lstm(model.embed(torch.zeros_like(x)).tanh()[None], state)
+        _, after = model.lstm(model.embed(x).tanh()[None], state)
+        found, new = PatchedPolicy(points, patch)(x, state)
+        torch.testing.assert_close(found, model.head(seen[0]))
+        torch.testing.assert_close(new, after)
+        hidden = points.site("lstm.out[1][0]")
+        _, (first, cell) = PatchedPolicy(points, patch_in(hidden, donor=blank))(x, state)
+    torch.testing.assert_close(first, seen)
+    torch.testing.assert_close(cell, after[1])
 
 
-def test_a_donor_of_a_transformer_may_be_a_dict_of_keyword_arguments() -> None:
+def test_a_donor_of_a_transformer_may_return_keyword_arguments() -> None:
     torch.manual_seed(0)
     model = GPT().eval()
     clean, corrupted = torch.randint(11, (2, 3, 7))
-    points = hook_points(model, clean, axes={"**": ("batch", "position", "feature")} if False else None)
-    block = model.blocks[1].mlp
-    expected = by_hand(model, block, (clean,), (corrupted,), lambda own, other: other)
-    with torch.no_grad(), patched(points, patch_in(points.site("blocks.1.mlp"), donor=lambda _: {"tokens": corrupted})):
+    points = hook_points(model, clean)
+    patch = patch_in(points.site("blocks.1.mlp"), donor=lambda _: {"tokens": corrupted})
+    expected = by_hand(model, model.blocks[1].mlp, (clean,), (corrupted,), lambda own, other: other)
+    with torch.no_grad(), patched(points, patch):
         torch.testing.assert_close(model(tokens=clean), expected)
+
+
+def test_a_donor_on_heads_and_on_coordinates_sees_the_hook_point_as_the_patch_does() -> None:
+    torch.manual_seed(0)
+    model = GPT().eval()
+    clean, corrupted = torch.randint(11, (2, 3, 7))
+    names = {"blocks.1.proj.in[0]": view("batch position (head feature)", head=2)}
+    points = hook_points(model, clean, axes=names)
+    site = points.site("blocks.1.proj.in[0]", head=1)
+    seen = run_with_cache(points, corrupted, sites=site, stop=True)
+    along = points.site("blocks.0.mlp").along("feature", Directions(torch.eye(8)[:3]), component=[0, 2])
+    with torch.no_grad():
+        for place, source in ((site, seen[site]), (along, run_with_cache(points, corrupted, sites=along)[1][along])):
+            with patched(points, patch_in(place, source)):
+                expected = model(clean)
+            with patched(points, patch_in(place, donor=lambda _: corrupted)):
+                torch.testing.assert_close(model(clean), expected)
+            assert not torch.allclose(model(clean), expected)
 
 
 def test_patches_at_inputs_taps_and_several_sites_share_one_forward_pass(policy: Policy) -> None:
@@ -149,8 +163,9 @@ def test_patches_at_inputs_taps_and_several_sites_share_one_forward_pass(policy:
     hidden[:, 0] = other.relu()[:, 0]
     torch.testing.assert_close(found, policy.fc2(hidden))
     assert [record["donor forwards"] for record in ledger.to_records()] == [1, 0]
-    with torch.no_grad(), patched(points, patch_in(points.site("fc2.in"), donor=blank)):
-        torch.testing.assert_close(policy(x), policy.fc2(other.relu()))
+    expected = policy.fc2(other.relu())
+    with torch.no_grad(), patched(points, patch_in(points.site("fc2.in[0]"), donor=blank)):
+        torch.testing.assert_close(policy(x), expected)
 
 
 def test_the_ledger_counts_one_forward_pass_per_root_call_and_donor_function(policy: Policy) -> None:
@@ -185,7 +200,6 @@ def test_a_traced_method_is_the_method_that_the_donor_runs(policy: Policy) -> No
     x = torch.randn(3, 4)
     points = hook_points(policy, x, method="act")
     with patched(points, patch_in(points.site("fc2"), donor=lambda context: context.inputs[0] + 1)):
-        torch.testing.assert_close(policy.act(x), policy.act(x + 1)) if False else None
         found = policy.act(x)
     torch.testing.assert_close(found, policy.act(x + 1))
 
@@ -207,8 +221,9 @@ def test_where_limits_a_donor_to_some_rows(policy: Policy) -> None:
     x = torch.randn(3, 4)
     points = hook_points(policy, x)
     rows = torch.tensor([[True], [False], [True]])
+    expected = torch.where(rows, policy(x * 0), policy(x))
     with patched(points, patch_in(points.site("fc2"), donor=blank, where=rows)):
-        torch.testing.assert_close(policy(x), torch.where(rows, policy(x * 0), policy(x)) if False else policy(x))
+        torch.testing.assert_close(policy(x), expected)
 
 
 # No side effects
@@ -254,7 +269,7 @@ def test_gradients_of_the_patched_forward_pass_are_those_of_a_constant_donor() -
     grads = []
     for patch in (patch_in(site, donor=blank), patch_in(site, donated)):
         trained = copy.deepcopy(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=False), patched(trained, patch):
+        with patched(trained, patch):
             trained(x).sum().backward()
         grads.append([weight.grad for weight in trained.parameters()])
     for own, other in zip(*grads, strict=True):
@@ -301,11 +316,14 @@ def acted_by_hand(policy: Policy, features: list[int], seed: int) -> tuple[list[
 
 
 @torch.no_grad()
-def test_in_cart_pole_a_policy_acts_on_features_as_if_the_pole_were_upright(policy: Policy) -> None:
+def test_in_cart_pole_a_policy_acts_on_features_as_if_the_pole_were_upright() -> None:
+    torch.manual_seed(4)
+    policy = Policy()
+    policy.fc1.weight *= 4
     points = hook_points(policy, torch.randn(2, 4))
     seeds = [3, 4, 5, 6, 7]
     settings: Any = {"max_steps": 40, "greedy": True, "outputs": "logits"}
-    chosen = {f"{number}": [2 * number, 2 * number + 1] for number in range(3)}
+    chosen = {"few": [0, 1, 2], "many": [3, 4, 5, 6, 7]}
     patches = {
         name: patch_in(points.site("relu", feature=features), donor=without_angle) for name, features in chosen.items()
     }
@@ -319,7 +337,26 @@ def test_in_cart_pole_a_policy_acts_on_features_as_if_the_pole_were_upright(poli
             for found in (swept[name], pairs[name], alone):
                 assert found.actions[number].tolist() == actions
                 assert found.returns[number] == total
-    assert any((pairs[name].returns != pairs["original"].returns).any() for name in chosen)
+    assert any((pairs[name].lengths != pairs["original"].lengths).any() for name in chosen)
+
+
+@torch.no_grad()
+def test_in_a_rollout_of_a_recurrent_policy_the_donor_gets_the_rows_and_states_of_each_label() -> None:
+    torch.manual_seed(0)
+    case = recurrent()
+    model, points = case.policy, case.points
+    patch = patch_in(points.site("lstm.out[0]", feature=[1, 2, 3]), donor=blank)
+
+    def replaced(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        (hidden, new), (other, _) = (model.lstm(model.embed(each).tanh()[None], state) for each in (x, x * 0))
+        hidden[..., 1:4] = other[..., 1:4]
+        return model.head(hidden[0]), new
+
+    expected = case.rollout(replaced)
+    settings: Any = {"max_steps": 20, "outputs": "logits", "initial_state": case.initial_state}
+    swept = rollout_sweep(points, SyncVectorEnv([case.environment] * 3), SEEDS, {"a": patch, "b": patch}, **settings)
+    for found in (case.rollout(PatchedPolicy(points, patch)), swept["a"], swept["b"]):
+        assert [each.tolist() for each in found.actions] == [each.tolist() for each in expected.actions]
 
 
 # Sweeps
@@ -343,48 +380,158 @@ def test_a_donor_after_the_swept_site_falls_back_from_vmap_and_says_why(policy: 
     later = patch_in(points.site("relu", feature=0), donor=blank)
     patches = {number: [zero_ablate(points.site("fc1", feature=number)), later] for number in range(8)}
     result = sweep(points, x, patches=patches, metric=logit_difference(0, 1))
-    assert result.groups == []
+    assert [(group.strategy, group.why) for group in result.groups] == [
+        (
+            "resume",
+            "vmap: The donor at Site('relu', feature=0) cannot run inside torch.vmap or another transform.; the 2 "
+            "patches checked (of 8) agree with the loop",
+        )
+    ]
 
 
 # Errors
 
 
-def message(model: Any, patches: Any, *inputs: Any) -> str:
-    with pytest.raises((EditError, UnreachedError, UnsupportedModelError)) as caught, patched(model, patches):
-        model.model(*inputs)
+def raised(policy: Policy, donor: Any, *, site: str = "relu") -> str:
+    points = hook_points(policy, torch.zeros(2, 4))
+    with (
+        pytest.raises((EditError, UnreachedError)) as caught,
+        patched(points, patch_in(points.site(site), donor=donor)),
+    ):
+        policy(torch.randn(3, 4))
     return str(caught.value)
 
 
-def test_all(policy: Policy, tmp_path: Any) -> None:
-    x = torch.randn(3, 4)
-    points = hook_points(policy, x)
-    site = points.site("relu")
-    cache = run_with_cache(points, x, sites="relu", stop=True)
-    for donor in (
-        lambda c: c.inputs[0][:1],
-        lambda c: cache,
-        lambda c: None,
-        lambda c: policy(c.inputs[0]),
-        lambda c: c.inputs[0][:, :2],
-    ):
-        try:
-            print(message(points, patch_in(site, donor=donor), x))
-        except BaseException as error:
-            print("OTHER", repr(error))
-    for kw in ({}, {"source": 0.0, "donor": blank}, {"donor": x}, {"source": blank}):
-        with pytest.raises(EditError) as e:
-            patch_in(site, **kw)
-        print(e.value)
-    with pytest.raises(InterventionError) as e:
-        save(tmp_path / "x", patch_in(site, donor=blank))
-    print(e.value)
-    twin = PatchedPolicy(points, patch_in(site, donor=blank))
-    for other in (pickle.loads(pickle.dumps(twin)), copy.deepcopy(twin)):
-        torch.testing.assert_close(other(x), twin(x))
-    with pytest.raises(EditError) as e:
-        twin.relu(x)
-    print(e.value)
-    with pytest.raises(UnsupportedModelError) as e:
+RETURNED = (
+    "The donor at Site('relu') must return the inputs of a forward pass: a tensor, a tuple of positional arguments or "
+    "a dict of keyword arguments; got "
+)
+
+
+def test_a_donor_with_another_number_of_rows_is_an_error(policy: Policy) -> None:
+    assert raised(policy, lambda context: context.inputs[0][:1]) == (
+        "Site('relu') has shape (1, 8) with the donor's inputs, but (3, 8) in the patched forward pass. The donor must "
+        "return as many rows as context.inputs, of the same lengths."
+    )
+
+
+def test_a_donor_that_returns_a_cache_is_an_error(policy: Policy) -> None:
+    _, cache = run_with_cache(policy, torch.zeros(3, 4), sites="relu")
+    advice = "an ActivationCache. To patch in recorded activations, use patch_in(site, cache)."
+    assert raised(policy, lambda _: cache) == RETURNED + advice
+
+
+def test_a_donor_that_returns_no_inputs_is_an_error(policy: Policy) -> None:
+    assert raised(policy, lambda _: None) == RETURNED + "NoneType."
+    assert raised(policy, lambda context: [*context.inputs]) == RETURNED + "list."
+
+
+def test_a_donor_that_calls_the_patched_model_is_an_error(policy: Policy) -> None:
+    assert raised(policy, lambda context: policy(*context.inputs)) == (
+        "The donor at Site('relu') calls the patched Policy. A donor must only return inputs, on which chanpatch then "
+        "runs the model."
+    )
+
+
+def test_a_donor_whose_forward_pass_does_not_reach_the_site_is_an_error() -> None:
+    class Choosing(Policy):
+        def forward(self, vector: Tensor) -> Tensor:
+            return self.fc2(self.relu(self.fc1(vector))) if vector.any() else self.fc2(self.fc1(vector))
+
+    policy = Choosing()
+    with pytest.raises(UnreachedError) as caught, patched(policy, patch_in(Site("relu"), donor=blank)):
+        policy(torch.ones(3, 4))
+    assert str(caught.value) == (
+        "The donor's forward pass did not reach Site('relu'). The donor must return inputs for which __call__() runs "
+        "this module."
+    )
+
+
+def test_a_donor_that_returns_a_dict_of_observations_is_an_error() -> None:
+    class Named(Policy):
+        def forward(self, observations: dict[str, Tensor]) -> Tensor:
+            return super().forward(observations["pole"])
+
+    policy, seen = Named(), {"pole": torch.ones(3, 4)}
+    donor = lambda context: {"pole": context.inputs[0]["pole"] * 0}  # noqa: E731
+    with pytest.raises(EditError) as caught, patched(policy, patch_in(Site("relu"), donor=donor)):
+        policy(seen)
+    advice = "a dict of observations. Return a tuple that contains the dict."
+    assert str(caught.value) == RETURNED + advice
+    expected = policy({"pole": torch.zeros(3, 4)})
+    with patched(policy, patch_in(Site("relu"), donor=lambda context: (donor(context),))):
+        torch.testing.assert_close(policy(seen), expected)
+
+
+def test_a_donor_needs_a_call_to_the_model(policy: Policy) -> None:
+    twin = PatchedPolicy(policy, patch_in(Site("relu"), donor=blank))
+    with pytest.raises(EditError) as caught:
+        twin.relu(torch.randn(3, 8))
+    assert str(caught.value) == "The donor at Site('relu') needs a call to the model, but only a submodule was called."
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "patch_in at Site('relu') needs exactly one of source and donor; got none."),
+        ({"source": 0.0, "donor": blank}, "patch_in at Site('relu') needs exactly one of source and donor; got both."),
+        (
+            {"donor": torch.zeros(3, 4)},
+            "The donor at Site('relu') must be a function that maps the context to inputs; got Tensor. To patch in an "
+            "activation, pass it as `source`. To use fixed inputs, pass lambda context: inputs.",
+        ),
+        (
+            {"source": blank},
+            "The activation for Site('relu') must be a tensor with the region's axes or an ActivationCache; got "
+            "function.",
+        ),
+    ],
+    ids=["neither", "both", "a tensor as donor", "a function as source"],
+)
+def test_patch_in_needs_either_a_source_or_a_donor(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(EditError) as caught:
+        patch_in(Site("relu"), **given)
+    assert str(caught.value) == message
+
+
+def test_a_patch_with_a_donor_cannot_be_saved(tmp_path: Any) -> None:
+    with pytest.raises(InterventionError, match="its edit Donor is code, but a file can only contain data"):
+        save(tmp_path / "patch.safetensors", patch_in(Site("relu"), donor=blank))
+
+
+def test_a_donor_inside_vmap_is_an_error(policy: Policy) -> None:
+    twin = PatchedPolicy(policy, patch_in(Site("relu"), donor=blank))
+    with pytest.raises(UnsupportedModelError) as caught:
         torch.vmap(twin)(torch.randn(3, 2, 4))
-    print(e.value)
-    assert 0
+    assert str(caught.value) == "The donor at Site('relu') cannot run inside torch.vmap or another transform."
+
+
+def test_two_labels_may_not_share_a_donor_with_state(policy: Policy) -> None:
+    class Counting:
+        def __call__(self, context: Any) -> Any:
+            return blank(context)
+
+    points, donor = hook_points(policy, torch.zeros(2, 4)), Counting()
+    patches = {number: patch_in(points.site("relu", feature=number), donor=donor) for number in range(2)}
+    with pytest.raises(EditError, match="Counting is used under two labels, 0 and 1, so the two labels would share"):
+        sweep(points, torch.zeros(2, 4), patches=patches, metric=logit_difference(0, 1))
+
+
+# Twins
+
+
+def test_a_twin_with_a_donor_can_be_copied_and_pickled(policy: Policy) -> None:
+    x = torch.randn(3, 4)
+    twin = PatchedPolicy(hook_points(policy, x), patch_in(Site("relu", feature=[0, 1]), donor=blank))
+    for other in (pickle.loads(pickle.dumps(twin)), copy.deepcopy(twin), PatchedPolicy(twin, zero_ablate(Site("fc1")))):
+        if len(other.patches) == 1:
+            torch.testing.assert_close(other(x), twin(x))
+        other(x)
+        assert other.ledger.to_records()[0]["donor forwards"] > 0
+
+
+def test_a_compiled_twin_runs_the_donor(policy: Policy) -> None:
+    x = torch.randn(3, 4)
+    twin = PatchedPolicy(hook_points(policy, x), patch_in(Site("relu"), donor=blank))
+    expected = twin(x)
+    torch.testing.assert_close(torch.compile(twin, backend="eager")(x), expected)

@@ -169,15 +169,13 @@ class DisabledSessions(Undoable):
             session.enabled = not session.disabled_by
 
 
-_OPEN_CALLS = ("_errors_before", "_copied", "_calls", "_just_patched")  # what a Station knows about calls in progress
-
-
 class Interrupted(DisabledSessions):
     """Context for a forward pass of a model in the middle of another one: all sessions on the model are disabled."""
 
     def __init__(self, model: nn.Module) -> None:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
-        self._calls = [(vars(at), {name: vars(at)[name] for name in _OPEN_CALLS}) for at in stations]
+        names = ("_errors_before", "_copied", "_calls", "_just_patched")  # what a station stores about open calls
+        self._calls = [(vars(at), {name: vars(at)[name] for name in names}) for at in stations]
         super().__init__(
             {each.session for at in stations for each in at.listeners}.union(*(at.scopes for at in stations))
         )

@@ -1,17 +1,20 @@
-"""Donors: activations from another forward pass of the model, which runs in the middle of the patched forward pass."""
+"""Donors: activations from another forward pass of the model, in the middle of the patched forward pass."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..engine.calls import Interrupted, Observed
 from ..engine.inputs import Inputs, batches, copied_inputs
+from ..engine.moments import Moment
 from ..engine.sessions import Attached, Session, StopForward
 from ..engine.state import undisturbed
 from ..errors import EditError, UnreachedError, UnsupportedModelError
@@ -22,138 +25,104 @@ from .edit_context import Context, call_key
 from .firing import Located
 from .patch import Patch
 
+InputsOf: TypeAlias = Callable[[Context], Inputs]
 
+
+@dataclass(frozen=True, eq=False)
 class Donor:
-    """Set the activation to the activation in a forward pass of the unpatched model on other inputs.
-
-    The forward pass runs without gradients and has no side effects.
+    """Edit that sets the activation to the activation in a forward pass of the unpatched model on other inputs.
 
     Args:
         function: Function that maps the context to the inputs of the forward pass.
         sites: Other sites to record in the same forward pass.
-        forwards: Counts the forward passes by method and site.
+        forwards: Number of forward passes, by method and site.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Context], Inputs],
-        sites: Iterable[Site] = (),
-        forwards: Counter[tuple[str, Site]] | None = None,
-    ) -> None:
-        self.function, self._sites = function, tuple(sites)
-        self._forwards = Counter[tuple[str, Site]]() if forwards is None else forwards
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Donor, (self.function,)
+    function: InputsOf
+    sites: tuple[Site, ...] = ()
+    forwards: Counter[tuple[str, Site]] = field(default_factory=Counter)
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the donor's activation, which must have the shape of the patched activation."""
-        site, batch_axis, *_ = context._region
-        recorded = context.moment.masks.setdefault(("donor", id(self)), {})
+        """Return the activation in the donor's forward pass, which runs when the first of the sites is reached."""
+        site, moment = context._region[0], context.moment
+        recorded = moment.masks.setdefault(("donor", id(self)), {})
         if site not in recorded:
-            recorded |= self._recorded(site, context)
-            self._forwards[context.moment.running or "", site] += 1
+            recorded |= _recorded(moment, {site, *self.sites}, *self._arguments(site, context))
+            self.forwards[moment.running or "", site] += 1
         if site not in recorded:
             raise UnreachedError(
-                f"The donor's forward pass did not reach {site!r}. Return inputs for {context.moment.method}(), for "
-                "which the model runs this module."
+                f"The donor's forward pass did not reach {site!r}. The donor must return inputs for which "
+                f"{moment.method}() runs this module."
             )
         donated: Tensor = recorded[site]
         if donated.shape != activation.shape:
-            shapes = f"{tuple(donated.shape)} with the donor's inputs, but {tuple(activation.shape)}"
-            rows = batch_axis is not None and donated.shape[batch_axis] != activation.shape[batch_axis]
-            advice = "one row for each row of context.inputs" if rows else "inputs with the lengths of context.inputs"
-            raise EditError(f"{site!r} has shape {shapes} in the patched forward pass. A donor must return {advice}.")
+            raise EditError(
+                f"{site!r} has shape {tuple(donated.shape)} with the donor's inputs, but {tuple(activation.shape)} in "
+                "the patched forward pass. The donor must return as many rows as context.inputs, of the same lengths."
+            )
         return donated
 
-    def _recorded(self, site: Site, context: Context) -> dict[Site, Tensor]:
-        """Run the donor's forward pass, and return the activation at each site."""
-        moment = context.moment
+    def _arguments(self, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Call the function, and return copies of the positional and keyword arguments that it returns."""
+        model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedModelError(f"The donor at {site!r} cannot run inside torch.vmap or another transform.")
-        if moment.model is None:
+        if model is None:
+            raise EditError(f"The donor at {site!r} needs a call to the model, but only a submodule was called.")
+
+        def refuse(model: object, *_: object) -> NoReturn:
             raise EditError(
-                f"The donor at {site!r} needs a call to the patched model, but only a submodule was called. Call the "
-                "model."
+                f"The donor at {site!r} calls the patched {type(model).__name__}. A donor must only return inputs, on "
+                "which chanpatch then runs the model."
             )
-        model = model_of(moment.model)
-        with Observed([model], on_inputs=partial(_refuse_call, site)):
-            inputs = self.function(context)
-        args, kwargs = copied_inputs(*_arguments(inputs, site, context))
-        try:
-            with Interrupted(model), undisturbed(model):
-                return _Run(moment.model, moment.method, dict.fromkeys((site, *self._sites))).recorded(args, kwargs)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11 and later
-                error.add_note(f"Raised in the forward pass of the donor at {site!r}.")
-            raise
+
+        with Observed([model_of(model)], on_inputs=refuse):
+            inputs: Any = self.function(context)
+        if isinstance(inputs, ActivationCache):
+            got = "an ActivationCache. To patch in recorded activations, use patch_in(site, cache)"
+        elif not isinstance(inputs, (Tensor, tuple, Mapping)):
+            got = type(inputs).__name__
+        elif isinstance(inputs, dict) and {*inputs} in [{*each} for each in context.inputs if isinstance(each, dict)]:
+            got = "a dict of observations. Return a tuple that contains the dict"
+        if got:
+            raise EditError(
+                f"The donor at {site!r} must return the inputs of a forward pass: a tensor, a tuple of positional "
+                f"arguments or a dict of keyword arguments; got {got}."
+            )
+        return copied_inputs(*next(batches([inputs], 1)))
 
 
 def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tuple[Patch, ...]:
-    """Let patches with the same donor function share one forward pass; `forwards` counts the forward passes."""
+    """Let patches with the same donor function share their forward passes, and count these in `forwards`."""
     each = tuple(patches)
-    keys = {patch: call_key(patch.edit.function) for patch in each if isinstance(patch.edit, Donor)}
-    forwards.update({("", patch.site): 0 for patch in keys})  # so that the ledger shows the count
-    shared: dict[Patch, Donor] = {}
-    for key in set(keys.values()):
-        alike = [patch for patch in keys if keys[patch] == key]
-        function: Any = alike[0].edit
-        shared |= dict.fromkeys(alike, Donor(function.function, [patch.site for patch in alike], forwards))
-    return tuple(Patch(patch.site, shared[patch], patch.where) if patch in shared else patch for patch in each)
+    keys = [call_key(patch.edit.function) if isinstance(patch.edit, Donor) else None for patch in each]
+    donors: dict[Any, Donor] = {}
+    for key, patch in zip(keys, each, strict=True):
+        if isinstance(patch.edit, Donor) and key not in donors:
+            sites = [other.site for other, same in zip(each, keys, strict=True) if same == key]
+            donors[key] = Donor(patch.edit.function, tuple(sites), forwards)
+            forwards.update({("", site): 0 for site in sites})  # an entry for each patch shows the count in the ledger
+    return tuple(Patch(p.site, donors[key], p.where) if key else p for key, p in zip(keys, each, strict=True))
 
 
-def _refuse_call(site: Site, model: object, *_: object) -> NoReturn:
-    raise EditError(
-        f"The donor at {site!r} calls the patched {type(model).__name__}. A donor must only return inputs; chanpatch "
-        "runs the model on them."
-    )
+def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
+    """Run the unpatched model without side effects, and return the activation at each site that it reaches."""
+    root, _, calls = root_of(moment.model)
+    run, found = Session(root, moment.method, calls), dict[Site, Tensor]()
+    stops = isinstance(moment.model, HookPoints) and moment.model.steady
 
-
-def _arguments(inputs: Any, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Return the positional and keyword arguments that a donor's inputs stand for."""
-    fault = ""
-    if isinstance(inputs, ActivationCache):
-        fault = "an ActivationCache. To patch in recorded activations, use patch_in(site, cache)"
-    elif not isinstance(inputs, (Tensor, tuple, Mapping)):
-        fault = type(inputs).__name__
-    elif isinstance(inputs, dict) and any(isinstance(each, dict) and {*each} == {*inputs} for each in context.inputs):
-        fault = "a dict of observations. Return a tuple that contains the dict"
-    if fault:
-        raise EditError(
-            f"The donor at {site!r} must return the inputs of a forward pass: a tensor, a tuple of positional "
-            f"arguments, or a dict of keyword arguments; got {fault}."
-        )
-    return next(batches([inputs], 1))
-
-
-class _Run(Session):
-    """Session that records sites in the donor's forward pass."""
-
-    confined = True
-
-    def __init__(self, points_or_model: Any, method: str, sites: Iterable[Site]) -> None:
-        root, _, calls = root_of(points_or_model)
-        super().__init__(root, method, calls)
-        self._found: dict[Site, Tensor] = {}
-        self._stops = isinstance(points_or_model, HookPoints) and points_or_model.steady
-        for site in sites:
-            point = resolve(self.modules, site)
-            self.listen(point, "before", partial(self._record, Located(site, point, self.modules.get(point.module))))
-
-    def recorded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Site, Tensor]:
-        """Run the model, and return the activation at each site that the model reached."""
-        with Attached(self):
-            try:
-                getattr(self.root, self.method)(*args, **kwargs)
-            except StopForward as ended:
-                if ended.args != (self,):
-                    raise
-        self.let_go()
-        return self._found
-
-    def _record(self, located: Located, leaf: Tensor, session: Session) -> Tensor:
-        located.locate(leaf, session)
-        self._found[located.site] = read(leaf, located.positions).clone()
-        if self._stops and len(self._found) == len(self.listeners):
-            self.stop(self)
+    def record(located: Located, leaf: Tensor, run: Session) -> Tensor:
+        located.locate(leaf, run)
+        seen = leaf if located._lens is None else located._lens.split(leaf)
+        found[located.site] = read(seen, located.positions).clone()
+        if stops and len(found) == len(sites):
+            run.stop(run)
         return leaf
+
+    for site in sites:
+        point = resolve(run.modules, site)
+        run.listen(point, "before", partial(record, Located(site, point, run.modules.get(point.module))))
+    with Interrupted(root), undisturbed(root), Attached(run), suppress(StopForward):
+        getattr(root, moment.method)(*args, **kwargs)
+    run.let_go()
+    return found

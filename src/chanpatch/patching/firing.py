@@ -247,8 +247,7 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 class Ledger(Records):
     """Number of firings, rows written and elements written, for each patch and method.
 
-    If a patch has a donor, the ledger also counts the donor's forward passes. A forward pass that several patches share
-    counts for the first of these patches.
+    With donors, also the number of their forward passes. A shared forward pass counts for the first patch reached.
     """
 
     _most = None

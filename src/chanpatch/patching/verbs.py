@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 
-from ..engine.inputs import Inputs
 from ..errors import BatchAxisError, ChanpatchError, EditError, SiteError, did_you_mean
 from ..registry.sites import Site, no_batch, read
-from .donors import Donor
-from .edit_context import Context
+from .donors import Donor, InputsOf
 from .edits import Add, Edit, Per, Resample, Set, check_mask, fits, region_lengths, shape_error
 from .patch import Mask, Patch
 from .recording import reduced
@@ -144,28 +142,21 @@ def resample_ablate(
 
 
 def patch_in(
-    site: Site,
-    source: Source | float | None = None,
-    *,
-    donor: Callable[[Context], Inputs] | None = None,
-    where: Mask | None = None,
+    site: Site, source: Source | float | None = None, *, donor: InputsOf | None = None, where: Mask | None = None
 ) -> Patch:
     """Return a patch that replaces the region with an activation from another run (activation patching).
-
-    Pass either `source`, an activation that you already have, or `donor`, which says on which other inputs to run the
-    model each time that the patch applies.
 
     Args:
         site, where: Same as in Patch.
         source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
             axis must have the same length as in the patched run, or length 1.
-        donor: Function that maps the context to the inputs of another forward pass: a tensor, a tuple of positional
-            arguments, or a dict of keyword arguments, with the same rows as `context.inputs`. The unpatched model runs
-            on copies of these inputs, by the traced method, without gradients or side effects. Patches with the same
-            function share one forward pass per call to the model.
+        donor: Used instead of `source`: function that maps the context to other inputs (a tensor, a tuple of positional
+            arguments or a dict of keyword arguments) with the same rows as `context.inputs`. In each call to the model,
+            the traced method of the unpatched model runs on these inputs, without gradients or side effects, and the
+            activation is patched in. Patches with the same function share that forward pass.
 
     Raises:
-        EditError: If both `source` and `donor` are given, or neither; or if `donor` is not a function.
+        EditError: If not exactly one of `source` and `donor` is given, or one of them has the wrong type.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -174,19 +165,16 @@ def patch_in(
     References:
         Meng et al. 2022, "Locating and editing factual associations in GPT", section 2.1.
     """
-    if callable(source):
-        raise EditError(
-            f"The source at {site!r} is a function. Pass a function as donor: patch_in(site, donor=function)."
-        )
     if (source is None) == (donor is None):
-        given = "neither" if source is None else "both"
-        raise EditError(f"patch_in at {site!r} needs either a source or a donor; got {given}.")
+        raise EditError(
+            f"patch_in at {site!r} needs exactly one of source and donor; got {'both' if donor else 'none'}."
+        )
     if donor is None:
         return Patch(site, Set(source if isinstance(source, Real) else _region(site, source)), where)
     if not callable(donor):
         raise EditError(
-            f"The donor at {site!r} must be a function that maps the context to inputs, such as lambda context: "
-            f"other_inputs; got {type(donor).__name__}. To patch in an activation, pass it as `source`."
+            f"The donor at {site!r} must be a function that maps the context to inputs; got {type(donor).__name__}. To "
+            "patch in an activation, pass it as `source`. To use fixed inputs, pass lambda context: inputs."
         )
     return Patch(site, Donor(donor), where)
 

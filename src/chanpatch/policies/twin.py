@@ -80,7 +80,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         refuse_writing_modes(original)
         state = _TwinState(twin, original, each, allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
-            state.method, state.calls, state.points_or_model = policy.method, policy.calls, policy._on(twin)
+            state.method, state.calls, state.points_or_model = policy.method, policy.calls, copy.copy(policy)
+            state.points_or_model.model = twin
         kind: Any = type(original)  # not the copy's: torch.fx.GraphModule creates a class for every instance
         twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
         vars(twin)[STATE] = state

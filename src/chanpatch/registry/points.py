@@ -80,12 +80,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             dots = " `*` stops at a dot; `**` does not." if "*" in pattern else ""
             hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
             raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
-        return self._on(self.model, chosen)
-
-    def _on(self, model: nn.Module, points: Iterable[HookPoint] | None = None) -> HookPoints:
-        """Return the same hook points, or only the given ones, for a copy of the model."""
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
-        return HookPoints(model, self.values() if points is None else points, **facts)
+        return HookPoints(self.model, chosen, **facts)
 
     def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
         """Create a site, and check the site against the trace.
