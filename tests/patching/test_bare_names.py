@@ -129,3 +129,20 @@ def test_an_input_of_the_model_itself_has_a_batch_axis(model: Counted, images: T
     images[2] = 0
     torch.testing.assert_close(found, model(images))
     assert ledger.to_records()[0]["rows"] == 1
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_the_trace_inside_a_forward_pass_changes_no_gradient(is_autocast: bool) -> None:
+    grads = []
+    for axis in ("batch", "axis0"):  # only "batch" needs a trace
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(5, 4)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
+            patched(model, zero_ablate(Site("2", **{axis: 0}))),
+        ):
+            model(x).sum().backward()
+        grads.append([weight.grad for weight in model.parameters()])
+    assert all(grad is not None for grad in grads[0])
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other)
