@@ -384,7 +384,8 @@ def _refill(held: Any, content: Any) -> None:
         with torch.inference_mode(held.is_inference()), torch.no_grad():  # needed to modify inference tensors
             if held.shape != content.shape:
                 held.resize_(content.shape)
-            held.data.copy_(content)  # `data` has its own version counter: the patched pass may have saved the tensor
+            # `data` does not count the write, so an open forward pass that saved the tensor can still run backward.
+            (held.data if held.layout == torch.strided else held).copy_(content)
     elif isinstance(held, np.ndarray):
         held[...] = content
     elif isinstance(held, _VARIABLES):
