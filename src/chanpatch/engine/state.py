@@ -90,7 +90,7 @@ class undisturbed:
         self._gradients, self._caches = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self._is_noted = True
         torch.set_grad_enabled(False)
-        torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would have no gradient
+        torch.set_autocast_cache_enabled(False)  # cached weights would have no gradient
 
     def __exit__(self, kind: object, *error: object) -> None:
         try:
@@ -384,8 +384,7 @@ def _refill(held: Any, content: Any) -> None:
         with torch.inference_mode(held.is_inference()), torch.no_grad():  # needed to modify inference tensors
             if held.shape != content.shape:
                 held.resize_(content.shape)
-            # `data` does not count the write, so an open forward pass that saved the tensor can still run backward.
-            (held.data if held.layout == torch.strided else held).copy_(content)
+            (held.data if held.layout == torch.strided else held).copy_(content)  # autograd ignores writes to `data`
     elif isinstance(held, np.ndarray):
         held[...] = content
     elif isinstance(held, _VARIABLES):
