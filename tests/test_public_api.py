@@ -12,7 +12,7 @@ import pytest
 import chanpatch
 
 TOP_LEVEL = [
-    *("hook_points", "HookPoints", "Site", "tap"),
+    *("hook_points", "HookPoints", "Site", "tap", "view"),
     *("Patch", "patched", "recording", "run_with_cache"),
     *("zero_ablate", "mean_ablate", "resample_ablate", "patch_in", "steer", "edit"),
     "contrast",

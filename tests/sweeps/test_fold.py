@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from looped import ROWS, Squashed, assert_equals_the_loop, by_hand, parts, strategy_of, total
 from models import build
-from test_sweep import ROWS, Squashed, assert_equals_the_loop, by_hand, parts, strategy_of, total
 from torch import Tensor, nn
 
 from chanpatch import edit, errors, hook_points, patch_in, patched, resample_ablate, sweep, zero_ablate

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from looped import ROWS, Squashed, assert_equals_the_loop, by_hand, parts, strategy_of, total
 from models import Model, vectors
 from torch import Tensor, nn
 
@@ -29,11 +30,8 @@ from chanpatch import (
     tap,
     zero_ablate,
 )
-from chanpatch.engine.paths import leaves
 from chanpatch.patching import Clamp, Project, Scale, Set
 from chanpatch.sweeps import SweepResult, plan, sweep
-
-ROWS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -42,50 +40,10 @@ def _seeded() -> Iterator[None]:
     yield
 
 
-def total(output: Any) -> Tensor:
-    """All that an output holds, one number per row."""
-    return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for _, leaf in leaves(output)]).sum(0)
-
-
-def by_hand(
-    points: HookPoints | nn.Module,
-    inputs: tuple[Any, ...],
-    patches: dict[Any, Any],
-    metric: Callable[..., Tensor] = total,
-) -> np.ndarray[Any, Any]:
-    """The loop that a sweep replaces."""
-    model = points.model if isinstance(points, HookPoints) else points
-    rows = []
-    for each in patches.values():
-        with torch.no_grad(), patched(points, each):
-            rows.append(metric(model(*inputs)).double())
-    return torch.stack(rows).numpy()
-
-
-def assert_equals_the_loop(
-    points: HookPoints | nn.Module, inputs: tuple[Any, ...], patches: dict[Any, Any], **options: Any
-) -> SweepResult:
-    result = sweep(points, *inputs, patches=patches, metric=total, **options)
-    np.testing.assert_allclose(result.values["total"], by_hand(points, inputs, patches), rtol=1e-6, atol=1e-6)
-    return result
-
-
-def strategy_of(result: SweepResult) -> str:
-    (strategy,) = {group.strategy for group in result.groups}
-    return strategy
-
-
 def traced(model: Model) -> tuple[HookPoints, tuple[Any, ...], Site]:
     inputs = model.inputs(ROWS)
     points = hook_points(model.module, *inputs)
     return points, inputs, points.site(model.site)
-
-
-def parts(site: Site) -> tuple[Site, ...]:
-    """One site per channel, feature or whatever the last axis is; the site itself where it has rows alone."""
-    assert site.point is not None
-    axes = [axis for axis in site.point.axes if axis != "batch"]
-    return site.split("channel" if "channel" in axes else axes[-1]) if axes else (site,)
 
 
 def verb(name: str, points: HookPoints, reference: Tensor) -> Callable[[Site], Patch]:
@@ -141,18 +99,6 @@ def test_every_hook_point_of_a_model_is_swept_at_once_and_equals_the_loop(model:
     sites = [part for name in names for part in parts(points.site(name))]
     result = assert_equals_the_loop(points, inputs, {site: edit(site, Scale(2.0)) for site in sites})
     assert [group.point for group in result.groups] == names
-
-
-class Squashed(nn.Module):
-    """Three layers with something in between that each test gives."""
-
-    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-        self.between = between
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return self.last(self.between(self.second(torch.relu(self.first(vector)))))
 
 
 def swept(module: nn.Module, name: str = "first", **options: Any) -> SweepResult:
