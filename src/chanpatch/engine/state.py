@@ -51,15 +51,15 @@ def depends_on_training(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         return module.dropout > 0
-    is_tracking = isinstance(module, batchnorm._NormBase) and module.track_running_stats
-    return is_tracking or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))
+    tracks = isinstance(module, batchnorm._NormBase) and module.track_running_stats
+    return tracks or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))
 
 
 class undisturbed:
     """Context manager for chanpatch's own forward passes, which run without gradients or side effects.
 
-    The context is reusable, but cannot be nested. Threads take turns, because random number generators are global. The
-    exit raises UnsupportedModelError if a forward pass created a submodule or a parameter.
+    The context is reusable, but cannot be nested. Threads take turns, because random number generators are global.
+    Exiting raises UnsupportedModelError if a forward pass created a submodule or a parameter.
     """
 
     _is_locked = _is_noted = False
@@ -81,11 +81,8 @@ class undisturbed:
 
     def _note(self) -> None:
         self.snapshot.note()
-        self._python, self._numpy, self._torch = (
-            random.getstate(),
-            np.random.get_state(legacy=True),
-            torch.get_rng_state(),
-        )
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        self._numpy = np.random.get_state(legacy=True)
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._gradients, self._caches = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self._is_noted = True

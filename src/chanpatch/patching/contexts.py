@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
 from ..registry.sites import Site
-from .donors import joined
+from .donors import Donor, joined
 from .edit_context import call_key, state_of
 from .firing import Firing, Ledger
 from .patch import Patch, edit_name
@@ -208,7 +208,9 @@ class Patching(ContextSession):
         super().__init__(points_or_model)
         self.check_nan = check_nan
         forwards = Counter[tuple[str, Site]]()  # of donors
-        self.patches = joined(checked_patches(points_or_model, patches), forwards)
+        self.patches = checked_patches(points_or_model, patches)
+        if any(isinstance(patch.edit, Donor) for patch in self.patches):
+            self.patches = joined(self.patches, forwards)
         names = [patch.site.name for patch in self.patches]
         self.allow_unreached = allowed_names(allow_unreached, names, "patched")
         self.firings: list[Firing] = []
