@@ -179,8 +179,9 @@ class _Run:
         """Run the model on all blocks, skipping the first `skip` module calls."""
         forward, points = self.forward, self.forward.points
         inputs: Any = forward.inputs
-        for path, leaf in [*leaves(inputs)]:
-            inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
+        with refused():  # a container, such as a TensorDict, may have a fixed number of rows
+            for path, leaf in [*leaves(inputs)]:
+                inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
         session = ContextSession(points)
         for name in self._at:
             session.listen(points[name], "patch", functools.partial(self._put, name))
