@@ -15,6 +15,7 @@ TOP_LEVEL = [
     *("hook_points", "HookPoints", "Site", "tap", "view"),
     *("Patch", "patched", "recording", "run_with_cache"),
     *("zero_ablate", "mean_ablate", "resample_ablate", "patch_in", "steer", "edit"),
+    "view",
     "contrast",
     *("channel_sums", "ThresholdProbe", "label_channels"),
     *("PatchedPolicy", "rollout", "paired_rollouts"),
@@ -22,7 +23,7 @@ TOP_LEVEL = [
     *("save", "load"),
 ]
 MODULES = [
-    *("contrasts", "controls", "errors", "metrics", "patching", "plots", "policies"),
+    *("contrasts", "controls", "errors", "huggingface", "metrics", "patching", "plots", "policies"),
     *("probes", "registry", "saving", "statistics", "sweeps"),
 ]
 

@@ -15,11 +15,11 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
+from ..views import View
 from .indices import Index
 from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name
 from .sites import Axes, HookPoint, Site, normalized
 from .trace import traced_run
-from .views import View
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):

@@ -17,10 +17,10 @@ from ..engine.inputs import copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
+from ..views import View
 from .axes import NamePropagation, Names, axis_names
 from .names import alternative, selected, spellings, written_name
 from .sites import HookPoint
-from .views import View
 
 
 class _Fired(NamedTuple):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import SiteError
+from .errors import SiteError
 
 
 @dataclass(frozen=True)
