@@ -24,6 +24,7 @@ from chanpatch import (
     view,
     zero_ablate,
 )
+from chanpatch.controls import matched_channels
 from chanpatch.errors import InterventionError, SiteError
 from chanpatch.patching import Project
 from chanpatch.patching import edit as edited
@@ -161,6 +162,19 @@ def test_verbs_sums_sweeps_and_contrasts_work_on_components(model, points, x, ma
         with patched(points, zero_ablate(points.site("1").along("channel", basis, component=component))):
             torch.testing.assert_close(torch.tensor(values).float(), model(x)[:, 0])
     assert len(contrast(points, x, x.flip(0), site).to_records()) == 2
+
+
+def test_controls_and_labels_are_those_of_components(model, points, x):
+    site = points.site("1").along("channel", Directions(torch.eye(4)[[3, 2, 1, 0]]), component=0)
+    background = torch.randn(32, 3, 5, 5, generator=torch.Generator().manual_seed(3))
+    controls = matched_channels(points, site, background, count=2)
+    reversed_channels = matched_channels(points, points.site("1", channel=3), background, count=2)
+    assert [3 - dict(each.indices)["component"][0] for each in controls] == [
+        dict(each.indices)["channel"][0] for each in reversed_channels
+    ]
+    assert all(each.basis == site.basis for each in controls)
+    result = sweep(points, x, patches=[zero_ablate(site)], metric=lambda output: output[:, 0])
+    assert [*result.labels] == ["1, component=0 along channel"]
 
 
 @torch.no_grad()
