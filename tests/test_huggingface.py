@@ -11,8 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch import contrast, hook_points, patched, run_with_cache, zero_ablate
-from chanpatch.errors import HookPointError, SiteError, UnsupportedModelError
+from chanpatch import (
+    PatchedPolicy,
+    contrast,
+    hook_points,
+    load,
+    patched,
+    recording,
+    run_with_cache,
+    save,
+    zero_ablate,
+)
+from chanpatch.errors import HookPointError, SiteError, TraceMismatchError, UnsupportedModelError
 from chanpatch.huggingface import axes
 
 with warnings.catch_warnings():
@@ -234,3 +244,126 @@ def test_a_name_from_transformer_lens_is_an_error_that_shows_the_name_in_this_mo
     if ".out[0]" not in own:
         with pytest.raises(HookPointError, match=re.escape(message)):
             run_with_cache(model, IDS, sites=name)
+
+
+VALUES = {"gpt2": "transformer.h.1.attn.c_proj.in[0]", "llama": "model.layers.1.self_attn.o_proj.in[0]"}
+
+
+@pytest.fixture(scope="module", params=VALUES)
+def decoder(request):
+    """A decoder, its hook points with free positions, and the site of its second head in the last layer."""
+    model = model_of(request.param)
+    points = hook_points(model, IDS, axes=axes(model), free={"position": 1})
+    return model, points, VALUES[request.param]
+
+
+def second_head(tensor: Tensor) -> None:
+    tensor.unflatten(-1, (4, 4))[:, :, 1] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 9), (3, 5), (4, 4)])
+def test_one_set_of_hook_points_serves_prompts_of_any_length(decoder, rows, length):
+    model, points, name = decoder
+    ids = torch.randint(1, 50, (rows, length))
+    with patched(points, zero_ablate(points.site(name, head=1))):
+        found = model(ids).logits
+    assert torch.equal(found, by_hand(model, name, second_head, (ids, {})))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_equal_prompts_without_padding_row_by_row(decoder, side):
+    model, points, name = decoder
+    lengths, ids = (7, 4), torch.randint(1, 50, (2, 7))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, slice(3) if side == "left" else slice(4, None)] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with patched(points, zero_ablate(points.site(name, head=1))):
+        padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, length in enumerate(lengths):
+        alone = by_hand(model, name, second_head, (ids[row : row + 1, mask[row].bool()], {}))
+        torch.testing.assert_close(padded[row, mask[row].bool()], alone[0], atol=1e-5, rtol=1e-4)
+        assert alone.shape == (1, length, 50)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_is_patched_with_and_without_a_cache(decoder, use_cache):
+    model, points, name = decoder
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
+    last, patch = points.site(name, position=-1), zero_ablate(points.site(name, head=1))
+    with patched(points, patch) as ledger, recording(points, last) as cache:
+        found = model.generate(IDS, **options)
+    ids = IDS
+    for step in range(6):  # greedy decoding by hand
+        split = []
+        logits = by_hand(model, name, lambda tensor, kept=split: (second_head(tensor), kept.append(tensor)), (ids, {}))
+        torch.testing.assert_close(cache[last][3 * step : 3 * step + 3, 0].flatten(1), split[0][:, -1])
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, ids) and ledger.to_records()[0]["firings"] == 6
+    assert torch.equal(PatchedPolicy(points, patch).generate(IDS, **options), ids)
+
+
+@torch.no_grad()
+def test_a_saved_patch_is_loaded_for_prompts_of_another_length(tmp_path, decoder):
+    model, points, name = decoder
+    save(tmp_path / "head.safetensors", zero_ablate(points.site(name, head=1)))
+    ids = torch.randint(1, 50, (2, 8))
+    others = hook_points(model, ids, axes=axes(model), free={"position": 1})
+    with patched(others, load(tmp_path / "head.safetensors", others)):
+        found = model(ids).logits
+    assert torch.equal(found, by_hand(model, name, second_head, (ids, {})))
+
+
+@torch.no_grad()
+def test_the_two_lengths_of_an_encoder_and_a_decoder_are_free_if_they_are_equal_in_the_trace():
+    model = model_of("t5")
+    points = hook_points(model, IDS, decoder_input_ids=IDS, axes=axes(model), free={"position": 1})
+    name = "decoder.block.0.layer.1.EncDecAttention.k"
+    inputs = torch.randint(1, 50, (2, 8)), {"decoder_input_ids": torch.randint(1, 50, (2, 3))}
+    with patched(points, zero_ablate(points.site(name, head=1, position=-1))):
+        found = model(inputs[0], **inputs[1])[0]
+
+    def change(tensor):
+        tensor.unflatten(-1, (4, 3))[:, -1, 1] = 0
+
+    assert torch.equal(found, by_hand(model, name, change, inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ids", "keywords", "message"),
+    [
+        (
+            IDS[:, :3],
+            lambda model: {},
+            "the first input has shape (3, 3). The length of axis 1 must be at least 2 and differ from the number of "
+            "rows. Trace with other example inputs.",
+        ),
+        (
+            IDS,
+            lambda model: {"past_key_values": model(IDS).past_key_values},
+            "the inputs contain a DynamicCache, whose length would not grow. Trace without it.",
+        ),
+        (
+            IDS,
+            lambda model: {"attention_mask": torch.zeros(3, 1, 5, 5)},
+            "another input has shape (3, 1, 5, 5), so length 5 does not identify one axis. Trace with a length that no "
+            "other axis has, or without this input.",
+        ),
+    ],
+)
+def test_inputs_that_do_not_identify_a_free_axis_are_an_error(decoder, ids, keywords, message):
+    with pytest.raises(SiteError) as caught:
+        hook_points(decoder[0], ids, free={"position": 1}, **keywords(decoder[0]))
+    assert str(caught.value) == f"free={{'position': 1}}: {message}"
+
+
+@torch.no_grad()
+def test_generation_with_a_fixed_length_is_an_error_that_shows_how_to_free_it(decoder):
+    model, _, name = decoder
+    points = hook_points(model, IDS, axes=axes(model))
+    with pytest.raises(TraceMismatchError, match=r"pass free=\{'position': 1\} to hook_points\(\)"):
+        with patched(points, zero_ablate(points.site(name, head=1))):
+            model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)
