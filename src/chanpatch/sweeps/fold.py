@@ -27,7 +27,7 @@ from ..patching.edits import Set
 from ..patching.firing import traced_view
 from ..patching.patch import Patch
 from ..registry.sites import HookPoint
-from ..registry.views import View
+from ..views import View
 from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
 from .prefix import Call, StrategyError, fresh, refused
 
