@@ -506,7 +506,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no axis names that fit": (
         errors.SiteError,
         lambda: hook_points(CNN.module, *CNN.inputs(1), axes={"fc": ("batch",)}),
-        "axes={'fc': ('batch',)}: hook point 'fc' has 2 axes. Pass one name per axis, without repeats.",
+        "axes={'fc': ('batch',)}: hook point 'fc' has 2 axes. Pass one name per axis, without repeats. To split an "
+        "axis, pass chanpatch.view(...).",
     ),
     "no forward while the context was open": (
         errors.UnreachedError,

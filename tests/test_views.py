@@ -205,6 +205,8 @@ def test_a_saved_patch_of_a_head_is_loaded_with_the_same_view(tmp_path, model, p
         ("batch (head head)", {"head": 2}, "has two axes named 'head'"),
         ("batch feature", {"head": 2}, "has no axis 'head'"),
         ("batch (head feature)", {"head": 0}, "head must be a positive length or distinct labels; got 0"),
+        ("batch (part feature)", {"part": (1, 2)}, "part must be a positive length or distinct labels; got (1, 2)"),
+        ("batch (part feature)", {"part": 2.0}, "part must be a positive length or distinct labels; got 2.0"),
         ("batch (part feature)", {"part": ("q", "q")}, "part must be a positive length or distinct labels"),
     ],
 )

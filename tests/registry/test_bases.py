@@ -273,12 +273,25 @@ def test_matrices_are_saved_and_modules_are_refused(tmp_path, model, points, x, 
         (lambda p: p.site("1").along("channel", Directions(torch.eye(4)), component=4), "component 4 is out of range"),
         (lambda p: Directions(torch.zeros(1, 4)), "linearly independent"),
         (lambda p: Directions(torch.ones(2, 4)), "linearly independent"),
+        (lambda p: Directions(torch.eye(4, requires_grad=True)), "cannot be trained, but it requires a gradient"),
         (lambda p: PCA.fit(torch.randn(3, 4), 9), "count must be an integer from 1 to 2"),
     ],
 )
 def test_a_basis_that_does_not_fit_is_an_error(points, make, message):
     with pytest.raises(SiteError, match=message):
         make(points)
+
+
+def test_directions_are_a_copy_that_autograd_can_use(model, points, x):
+    with torch.inference_mode():
+        matrix = torch.eye(4)[:2].clone()
+        basis = Directions(matrix)
+        matrix.zero_()
+    with patched(points, zero_ablate(points.site("1").along("channel", basis))):
+        found = model(x.clone().requires_grad_())
+    found.sum().backward()
+    with patched(points, zero_ablate(points.site("1", channel=[0, 1]))):
+        torch.testing.assert_close(found, model(x))
 
 
 def test_a_site_with_a_basis_differs_from_the_site_without(points, matrix):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -209,6 +210,25 @@ class HookPoint(Place):
     def seen(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the model as it is seen at this hook point, with split axes or as coordinates."""
         return tensor if self.lens is None else self.lens.split(tensor)
+
+    @property
+    def unsplit(self) -> HookPoint:
+        """The same hook point for the model's own tensor. The batch axis is None if it is one part of a split axis."""
+        if isinstance(self.lens, Coordinates):
+            return self.lens.base.unsplit
+        if self.lens is None:
+            return self
+        groups, names = self.lens.groups, [group[0] for group in self.lens.groups]
+        batch = groups.index(("batch",)) if self.batch_axis is not None and ("batch",) in groups else None
+        lengths = [[None if axis == "batch" else self.length(axis) for axis in group] for group in groups]
+        shape = [None if None in each else math.prod(filter(None, each)) for each in lengths]
+        return replace(
+            self,
+            axes=tuple(f"axis{n}" if len(group) > 1 else names[n] for n, group in enumerate(groups)),
+            shape=tuple(length for number, length in enumerate(shape) if number != batch),
+            batch_axis=batch,
+            lens=None,
+        )
 
     def labels(self, axis: str) -> tuple[str, ...]:
         """Return the labels of the positions along an axis, or an empty tuple."""
