@@ -15,7 +15,6 @@ TOP_LEVEL = [
     *("hook_points", "HookPoints", "Site", "tap", "view"),
     *("Patch", "patched", "recording", "run_with_cache"),
     *("zero_ablate", "mean_ablate", "resample_ablate", "patch_in", "steer", "edit"),
-    "view",
     "contrast",
     *("channel_sums", "ThresholdProbe", "label_channels"),
     *("PatchedPolicy", "rollout", "paired_rollouts"),
