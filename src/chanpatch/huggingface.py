@@ -60,7 +60,7 @@ _FAMILIES = {
     "qwen3": _QWEN_3,
     "gemma3_text": _GEMMA_3,
     "bert": _Family(
-        ("word_embeddings", "token_type_embeddings"),
+        ("word_embeddings", "token_type_embeddings", "predictions.in[0]"),
         ("self.query", "attention.output.dense.in[0]"),
         ("self.key", "self.value"),
         ("attention.self.out[1]",),
@@ -86,6 +86,7 @@ def axes(model: nn.Module) -> dict[str, View | str]:
 
     Hidden states have the axes `(batch, position, feature)`. Queries, keys, values and the input of each attention
     layer's output projection have an axis `head`; fused projections also have an axis `part` with the labels q, k, v.
+    If your inputs skip a module, such as the embedding with `inputs_embeds`, remove its pattern from the dict.
 
     Args:
         model: Model with a config, from one of these families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma
