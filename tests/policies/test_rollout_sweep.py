@@ -574,3 +574,17 @@ def test_heads_and_coordinates_of_one_hook_point_are_swept_like_the_channels_tha
     found = rollout_sweep(split, drifting(2), SEEDS, patches=patches, max_steps=8)
     expected = rollout_sweep(whole, drifting(2), SEEDS, patches=by_hand, max_steps=8)
     assert found.to_records() == expected.to_records()
+
+
+def test_a_batch_that_is_one_part_of_a_split_axis_is_an_error():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, observations):
+            return self.layer(observations.view(-1, 2)).view(len(observations), 2, 3).sum(1)
+
+    points = hook_points(Flat(), torch.zeros(3, 4), axes={"layer": chanpatch.view("(batch half) feature", half=2)})
+    with pytest.raises(BatchAxisError, match="cannot limit the patch at Site\\('layer', half=1\\) to the rows"):
+        rollout_sweep(points, drifting(2), SEEDS, patches=zero_ablate(points.site("layer", half=1)), max_steps=2)

@@ -198,7 +198,7 @@ class _Interventions:
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Apply each intervention's patches to that intervention's rows of the activation at a hook point."""
-        axis: Any = point.unsplit.batch_axis
+        axis: Any = point.tensor_batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
         states = self._random_states() if is_checked else None
@@ -247,7 +247,7 @@ class _Interventions:
 
 
 def _point_with_rows(site: Site) -> HookPoint:
-    if site.point is None or site.point.unsplit.batch_axis is None:
+    if site.point is None or site.point.tensor_batch_axis is None:
         raise BatchAxisError(
             f"rollout_sweep cannot limit the patch at {site!r} to the rows of its label. {no_batch(site)}"
         )

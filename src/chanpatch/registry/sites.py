@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -212,23 +211,14 @@ class HookPoint(Place):
         return tensor if self.lens is None else self.lens.split(tensor)
 
     @property
-    def unsplit(self) -> HookPoint:
-        """The same hook point for the model's own tensor. The batch axis is None if it is one part of a split axis."""
+    def tensor_batch_axis(self) -> int | None:
+        """Index of the batch axis in the model's own tensor; None if unknown or one part of a split axis."""
         if isinstance(self.lens, Coordinates):
-            return self.lens.base.unsplit
-        if self.lens is None:
-            return self
-        groups, names = self.lens.groups, [group[0] for group in self.lens.groups]
-        batch = groups.index(("batch",)) if self.batch_axis is not None and ("batch",) in groups else None
-        lengths = [[None if axis == "batch" else self.length(axis) for axis in group] for group in groups]
-        shape = [None if None in each else math.prod(filter(None, each)) for each in lengths]
-        return replace(
-            self,
-            axes=tuple(f"axis{n}" if len(group) > 1 else names[n] for n, group in enumerate(groups)),
-            shape=tuple(length for number, length in enumerate(shape) if number != batch),
-            batch_axis=batch,
-            lens=None,
-        )
+            return self.lens.base.tensor_batch_axis
+        if self.lens is None or self.batch_axis is None:
+            return self.batch_axis
+        batch = (self.axes[self.batch_axis],)
+        return self.lens.groups.index(batch) if batch in self.lens.groups else None
 
     def labels(self, axis: str) -> tuple[str, ...]:
         """Return the labels of the positions along an axis, or an empty tuple."""
