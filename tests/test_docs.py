@@ -29,6 +29,8 @@ def test_every_public_name_stands_in_the_reference_once() -> None:
 
 @pytest.mark.parametrize("page", pages.pages())
 def test_the_code_of_a_page_runs_and_prints_the_output_that_the_page_shows(page: str) -> None:
+    if "from transformers" in (pages.DOCS / page).read_text():
+        pytest.importorskip("transformers")
     _, outputs = pages.run(page)
     for shown, printed in outputs:
         assert printed == shown, "`python tests/pages.py` writes the output into the pages"

@@ -22,7 +22,7 @@ TOP_LEVEL = [
     *("save", "load"),
 ]
 MODULES = [
-    *("contrasts", "controls", "errors", "metrics", "patching", "plots", "policies"),
+    *("contrasts", "controls", "errors", "huggingface", "metrics", "patching", "plots", "policies"),
     *("probes", "registry", "saving", "statistics", "sweeps"),
 ]
 

@@ -31,8 +31,8 @@ __all__ = [
 ]  # fmt: skip
 
 _PUBLIC_MODULES = (
-    "contrasts", "controls", "errors", "metrics", "patching", "plots", "policies", "probes", "registry", "saving",
-    "statistics", "sweeps",
+    "contrasts", "controls", "errors", "huggingface", "metrics", "patching", "plots", "policies", "probes", "registry",
+    "saving", "statistics", "sweeps",
 )  # fmt: skip
 
 

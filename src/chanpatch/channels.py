@@ -125,9 +125,13 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
             + f". {what} need a batch axis and exactly one axis named channel or feature. "
             "Name axes with hook_points(..., axes={...})."
         )
-    layers = len(site.split("layer")) if "layer" in point.axes else 1
-    if layers > 1:
-        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one layer, as in layer=0.")
+    for axis in point.apart:
+        if (count := len(site.split(axis))) > 1:
+            first = next(iter(point.labels(axis)), 0)
+            raise error(
+                f"{site!r} has {count} {axis}s, each with its own {channels[0]}s. Select one {axis}, as in "
+                f"{axis}={first!r}."
+            )
     return channels[0]
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .channels import ROUNDING, Collector, Floats, channel_axis
+from .channels import ROUNDING, Collector, Floats, channel_axis, point_at
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
@@ -137,7 +137,7 @@ def matched_channels(
     bound = site_of(points, site)
     axis = channel_axis(bound, "Controls", SiteError)
     elsewhere = {name: index for name, index in bound.indices if name != axis}
-    region = points.bind(Site(bound.name, **elsewhere))
+    region = points.bind(bound.indexed(**elsewhere))
     mean, live = _channel_means(points, region, axis, background, batch_size)
     # A bound site has explicit indices.
     target = cast("tuple[int, ...]", dict(bound.indices).get(axis, tuple(range(len(mean)))))
@@ -155,7 +155,7 @@ def matched_channels(
         found.setdefault(tuple(sorted(drawn)), drawn)
     unit = np.std(mean[others]) or np.nan
     no_p = _no_p(bound, float(mean[list(target)].mean()), np.array([mean[list(drawn)].mean() for drawn in found]))
-    sites = tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found)
+    sites = tuple(points.bind(bound.indexed(**elsewhere, **{axis: channels})) for channels in found)
     for each in sites:
         vars(each).update(no_p=no_p)  # a sweep reads the reason from the sites
     return MatchedChannels(
@@ -380,7 +380,7 @@ def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Return each channel's mean activation over the background in a region, and whether the channel varies there."""
-    point = points[region.name]
+    point = point_at(region)
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 
     def sampled(cache: ActivationCache, site: Site) -> Floats:

@@ -48,7 +48,7 @@ class ConcurrencyError(ChanpatchError, RuntimeError):
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
-    """Raised when a model would ignore hooks, or when a model cannot be copied."""
+    """Raised when a model would ignore hooks or cannot be copied, or when its family is unknown."""
 
 
 class DistributionError(ChanpatchError, TypeError):

@@ -45,8 +45,10 @@ def labelled_patches(
 
 
 def site_label(site: Site) -> str:
-    """Return the label of a site, such as `1, feature=2`."""
-    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
+    """Return the label of a site, such as `1, feature=2` or `1, component=2 along feature`."""
+    region, _, _ = repr(site).partition(").along(")
+    along = f" along {site.basis.axis}" if site.basis else ""
+    return region.removeprefix("Site(").removesuffix(")").replace("'", "", 2) + along
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:

@@ -28,6 +28,7 @@ from chanpatch.controls import matched_channels
 from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Add, Patch, Scale, run_with_cache
+from chanpatch.registry import Directions
 from chanpatch.statistics import rank_among
 
 rollout_sweep = functools.partial(chanpatch.policies.rollout_sweep, outputs="logits")
@@ -556,3 +557,34 @@ def test_an_edit_that_runs_another_patched_model_gets_the_same_draws_in_a_sweep(
     swept = rollout_sweep(points, drifting(12), SEEDS, patches, max_steps=12)
     looped = one_by_one(points, patches, drifting(3), max_steps=12)
     assert all(same(swept[label], looped[label]) for label in looped)
+
+
+def test_heads_and_coordinates_of_one_hook_point_are_swept_like_the_channels_that_they_contain(policy):
+    names = {"layers.0": chanpatch.view("batch (head feature)", head=4)}
+    split, whole = (hook_points(policy, torch.zeros(2, 4), axes=axes) for axes in (names, {}))
+    first = Directions(torch.eye(4)[:1])
+    patches = {
+        "head": zero_ablate(split.site("layers.0", head=1)),
+        "coordinate": zero_ablate(split.site("layers.0", head=2).along("feature", first)),
+    }
+    by_hand = {
+        "head": zero_ablate(whole.site("layers.0", feature=slice(4, 8))),
+        "coordinate": zero_ablate(whole.site("layers.0", feature=8)),
+    }
+    found = rollout_sweep(split, drifting(2), SEEDS, patches=patches, max_steps=8)
+    expected = rollout_sweep(whole, drifting(2), SEEDS, patches=by_hand, max_steps=8)
+    assert found.to_records() == expected.to_records()
+
+
+def test_a_batch_that_is_one_part_of_a_split_axis_is_an_error():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, observations):
+            return self.layer(observations.view(-1, 2)).view(len(observations), 2, 3).sum(1)
+
+    points = hook_points(Flat(), torch.zeros(3, 4), axes={"layer": chanpatch.view("(batch half) feature", half=2)})
+    with pytest.raises(BatchAxisError, match="cannot limit the patch at Site\\('layer', half=1\\) to the rows"):
+        rollout_sweep(points, drifting(2), SEEDS, patches=zero_ablate(points.site("layer", half=1)), max_steps=2)

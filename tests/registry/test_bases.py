@@ -24,6 +24,7 @@ from chanpatch import (
     view,
     zero_ablate,
 )
+from chanpatch.controls import matched_channels
 from chanpatch.errors import InterventionError, SiteError
 from chanpatch.patching import Project
 from chanpatch.patching import edit as edited
@@ -163,6 +164,19 @@ def test_verbs_sums_sweeps_and_contrasts_work_on_components(model, points, x, ma
     assert len(contrast(points, x, x.flip(0), site).to_records()) == 2
 
 
+def test_controls_and_labels_are_those_of_components(model, points, x):
+    site = points.site("1").along("channel", Directions(torch.eye(4)[[3, 2, 1, 0]]), component=0)
+    background = torch.randn(32, 3, 5, 5, generator=torch.Generator().manual_seed(3))
+    controls = matched_channels(points, site, background, count=2)
+    reversed_channels = matched_channels(points, points.site("1", channel=3), background, count=2)
+    assert [3 - dict(each.indices)["component"][0] for each in controls] == [
+        dict(each.indices)["channel"][0] for each in reversed_channels
+    ]
+    assert all(each.basis == site.basis for each in controls)
+    result = sweep(points, x, patches=[zero_ablate(site)], metric=lambda output: output[:, 0])
+    assert [*result.labels] == ["1, component=0 along channel"]
+
+
 @torch.no_grad()
 def test_pca_equals_the_decomposition_by_hand(model, points, x):
     _, cache = run_with_cache(points, x, sites="1")
@@ -259,12 +273,25 @@ def test_matrices_are_saved_and_modules_are_refused(tmp_path, model, points, x, 
         (lambda p: p.site("1").along("channel", Directions(torch.eye(4)), component=4), "component 4 is out of range"),
         (lambda p: Directions(torch.zeros(1, 4)), "linearly independent"),
         (lambda p: Directions(torch.ones(2, 4)), "linearly independent"),
+        (lambda p: Directions(torch.eye(4, requires_grad=True)), "cannot be trained, but it requires a gradient"),
         (lambda p: PCA.fit(torch.randn(3, 4), 9), "count must be an integer from 1 to 2"),
     ],
 )
 def test_a_basis_that_does_not_fit_is_an_error(points, make, message):
     with pytest.raises(SiteError, match=message):
         make(points)
+
+
+def test_directions_are_a_copy_that_autograd_can_use(model, points, x):
+    with torch.inference_mode():
+        matrix = torch.eye(4)[:2].clone()
+        basis = Directions(matrix)
+        matrix.zero_()
+    with patched(points, zero_ablate(points.site("1").along("channel", basis))):
+        found = model(x.clone().requires_grad_())
+    found.sum().backward()
+    with patched(points, zero_ablate(points.site("1", channel=[0, 1]))):
+        torch.testing.assert_close(found, model(x))
 
 
 def test_a_site_with_a_basis_differs_from_the_site_without(points, matrix):

@@ -47,8 +47,8 @@ def contrast(
         corrupted: The corrupted input of each pair, in the same format as `clean`.
         sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, and skips sites with the
             same activations as an earlier site.
-        reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. The layers of a
-            recurrent state are compared separately unless an einops pair combines them.
+        reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. Recurrent layers,
+            heads and other parts of a split axis are compared separately unless an einops pair combines them.
         where: Elements to reduce, as in `recording`; a mask has one row per pair or a single row. At least one element
             of each input and channel must be selected.
         background: At least two inputs from which to measure each channel's usual variation, in the same format as
@@ -159,9 +159,10 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None
             check_leaves_channels(site, reduce)
             if where is not None and not callable(where):
                 check_mask(where, site)
-            # The layers and directions of a recurrent state have unrelated features.
-            split = isinstance(reduce, str) and "layer" in point.axes
-            found += map(points.bind, site.split("layer")) if split else [site]
+            parts = [site]
+            for axis in point.apart if isinstance(reduce, str) else ():
+                parts = [points.bind(part) for each in parts for part in each.split(axis)]
+            found += parts
         except (SiteError, EditError) as fault:
             if not is_search:
                 raise

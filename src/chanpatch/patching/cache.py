@@ -247,7 +247,15 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
                 f"{site!r} was recorded in two forward passes, whose activations cannot be concatenated. "
                 f"{no_batch(site)} Alternatively, open one recording per forward pass."
             )
-        self._parts.setdefault(site, []).append(activation)
+        parts = self._parts.setdefault(site, [])
+        fixed = [[n for axis, n in enumerate(each.shape) if axis != batch_axis] for each in (*parts[:1], activation)]
+        if fixed[0] != fixed[-1]:
+            raise SiteError(
+                f"{site!r} was recorded with shapes {tuple(parts[0].shape)} and {tuple(activation.shape)}, which "
+                "cannot be joined along the batch axis. Record one position, as in position=-1, pass reduce=, or open "
+                "one recording per length."
+            )
+        parts.append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis
         if steps is not None:
             self._steps.setdefault(site, []).append(steps)

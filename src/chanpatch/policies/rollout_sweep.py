@@ -27,7 +27,7 @@ from ..patching.edit_context import Context
 from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
-from ..registry.sites import HookPoint, Site, no_batch
+from ..registry.sites import Coordinates, HookPoint, Site, no_batch
 from .checks import SharedState, checked_envs, method_of, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
@@ -167,7 +167,7 @@ class _Interventions:
         for _, each in patches:
             own = [(patch, _point_with_rows(patch.site)) for patch in joined(checked_patches(policy, each), Counter())]
             self._firings.append([Firing(patch, point, check_nan=check_nan) for patch, point in own])
-            points |= {point.name: point for _, point in own}
+            points |= {each.name: each.lens.base if isinstance(each.lens, Coordinates) else each for _, each in own}
         shared = [
             Patch(Site(name).at(point), functools.partial(self._patched, point)) for name, point in points.items()
         ]
@@ -198,12 +198,13 @@ class _Interventions:
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Apply each intervention's patches to that intervention's rows of the activation at a hook point."""
-        axis: Any = point.batch_axis
+        axis: Any = point.tensor_batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
         states = self._random_states() if is_checked else None
         self._modules.note()
-        parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
+        tensor = activation if point.lens is None else point.lens.merge(activation, activation)
+        parts = tensor.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
         new = dict(zip(self._cuts, parts, strict=True))
         for number, cut in [*self._cuts.items()][:: -1 if self._is_reversed else 1]:
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
@@ -225,7 +226,8 @@ class _Interventions:
                 f"A module that several labels use as an edit at '{point.name}' changes its own buffers or attributes, "
                 "so the labels would affect each other. Use a separate module for each label."
             )
-        return activation if all(map(operator.is_, new.values(), parts)) else torch.cat([*new.values()], axis)
+        same = all(map(operator.is_, new.values(), parts))
+        return activation if same else point.seen(torch.cat([*new.values()], axis))
 
     def _random_states(self) -> list[object]:
         return [*random_states(self._cuda), *map(generator_state, self._generators)]
@@ -245,7 +247,7 @@ class _Interventions:
 
 
 def _point_with_rows(site: Site) -> HookPoint:
-    if site.point is None or site.point.batch_axis is None:
+    if site.point is None or site.point.tensor_batch_axis is None:
         raise BatchAxisError(
             f"rollout_sweep cannot limit the patch at {site!r} to the rows of its label. {no_batch(site)}"
         )

@@ -5,9 +5,9 @@ points.site("embedder.relu3", channel=55)
 """
 
 from ..engine.calls import tap
+from ..views import View, view
 from .bases import PCA, Directions
 from .points import HookPoints, hook_points
 from .sites import HookPoint, Site
-from .views import View, view
 
 __all__ = ["PCA", "Directions", "HookPoint", "HookPoints", "Site", "View", "hook_points", "tap", "view"]

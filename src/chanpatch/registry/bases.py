@@ -20,7 +20,8 @@ class Directions:
         matrix: Directions with shape `(component, axis)`; a single direction may have shape `(axis,)`.
 
     Raises:
-        SiteError: If the matrix is not a floating-point matrix of linearly independent, finite directions.
+        SiteError: If the matrix is not a floating-point matrix of linearly independent, finite directions, or requires
+            a gradient.
 
     Example:
         >>> Directions(torch.tensor([[3.0, 4.0]])).encode(torch.tensor([[6.0, 8.0]]))
@@ -30,15 +31,20 @@ class Directions:
     def __init__(self, matrix: Tensor) -> None:
         if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.dim() not in (1, 2):
             raise SiteError("Directions expects a floating-point tensor with shape (component, axis).")
-        self.matrix = matrix if matrix.dim() == 2 else matrix[None]
-        exact = self.matrix.detach().double()
+        if matrix.requires_grad:
+            raise SiteError(
+                "Directions inverts its matrix once, so the matrix cannot be trained, but it requires a gradient. Pass "
+                "matrix.detach(), or a module with the methods encode and decode."
+            )
+        self.matrix = _fixed(matrix if matrix.dim() == 2 else matrix[None])
+        exact = self.matrix.double()
         if not exact.isfinite().all() or torch.linalg.matrix_rank(exact) < len(exact):
             raise SiteError(
                 f"Directions expects finite, linearly independent directions, but the matrix with shape "
                 f"{tuple(self.matrix.shape)} does not contain {len(exact)} of them. Remove directions that are zero or "
                 "combinations of others."
             )
-        self._inverse = torch.linalg.pinv(exact).to(matrix.dtype)
+        self._inverse = _fixed(torch.linalg.pinv(exact).to(matrix.dtype))
 
     def encode(self, activation: Tensor) -> Tensor:
         """Return the coordinates: `(..., axis)` to `(..., component)`."""
@@ -61,7 +67,7 @@ class PCA(Directions):
 
     def __init__(self, matrix: Tensor, mean: Tensor) -> None:
         super().__init__(matrix)
-        self.mean = mean
+        self.mean = _fixed(mean)
 
     @classmethod
     def fit(cls, activations: Mapping[Any, Tensor] | Tensor, count: int, *, axis: str | None = None) -> PCA:
@@ -105,3 +111,9 @@ class PCA(Directions):
     def decode(self, coordinates: Tensor) -> Tensor:
         """Return the activation with the given coordinates: `(..., component)` to `(..., axis)`."""
         return super().decode(coordinates) + self.mean
+
+
+def _fixed(tensor: Tensor) -> Tensor:
+    """Return a copy that later changes to the tensor do not affect, and that autograd can use."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()

@@ -52,10 +52,14 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return the error message for an unknown name, or for the name of a weight."""
+    """Return the error message for an unknown name, for the name of a weight, or for a name from TransformerLens."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
         return f"'{name}' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward()."
+    from ..huggingface import own_name  # used only for this message
+
+    if own := own_name(name, known):
+        return f"'{name}' is a name from TransformerLens. In this model, the name is {own}."
     return f"No hook point named '{name}'.{did_you_mean(name, known)}"
 
 

@@ -15,11 +15,11 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
+from ..views import View
 from .indices import Index
 from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name
 from .sites import Axes, HookPoint, Site, normalized
 from .trace import traced_run
-from .views import View
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
@@ -189,7 +189,8 @@ def hook_points(
             `chanpatch.view` also splits axes, such as a feature axis into heads.
         free: Axes whose length may differ in later forward passes, such as `{"position": 1}`: a name, and the index of
             the axis in the first input. In a third run, this axis has one more entry, a copy of the last one, in every
-            input that has the same length there. All axes that grow with it are free too.
+            input that has the same length there, so trace inputs with equal lengths if all may vary. All axes that grow
+            with it are free too.
         example_keywords: Keyword arguments for the model.
 
     Raises:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..engine.paths import Place, inside_vmap
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
+from ..views import View
 from .indices import Flags, Index, Labels, Selection, positions_in, selection_of, shown
-from .views import View
 
 Positions = Mapping[int, "slice | list[int] | Tensor"]
 Shape: TypeAlias = "tuple[int | None, ...]"
@@ -210,9 +210,27 @@ class HookPoint(Place):
         """Return a tensor of the model as it is seen at this hook point, with split axes or as coordinates."""
         return tensor if self.lens is None else self.lens.split(tensor)
 
+    @property
+    def tensor_batch_axis(self) -> int | None:
+        """Index of the batch axis in the model's own tensor; None if unknown or one part of a split axis."""
+        if isinstance(self.lens, Coordinates):
+            return self.lens.base.tensor_batch_axis
+        if self.lens is None or self.batch_axis is None:
+            return self.batch_axis
+        batch = (self.axes[self.batch_axis],)
+        return self.lens.groups.index(batch) if batch in self.lens.groups else None
+
     def labels(self, axis: str) -> tuple[str, ...]:
         """Return the labels of the positions along an axis, or an empty tuple."""
         return dict(self.lens.labels).get(axis, ()) if self.lens is not None else ()
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Axes along which channels are unrelated: layers, heads, and other axes split from the channel axis."""
+        lens = self.lens.base.lens if isinstance(self.lens, Coordinates) else self.lens
+        groups = [{*group} for group in lens.groups] if isinstance(lens, View) else []
+        split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))
+        return tuple(axis for axis in self.axes if axis in split - {"channel", "feature"})
 
     def length(self, axis: str) -> int | None:
         """Return the length of an axis, or None for the batch axis and free axes, whose lengths vary."""

@@ -17,10 +17,10 @@ from ..engine.inputs import copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
+from ..views import View
 from .axes import NamePropagation, Names, axis_names
 from .names import alternative, selected, spellings, written_name
 from .sites import HookPoint
-from .views import View
 
 
 class _Fired(NamedTuple):
@@ -34,6 +34,7 @@ class _Fired(NamedTuple):
     read_only: bool = False
 
 
+_Shapes: TypeAlias = dict[str, tuple[int, ...]]
 _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fired
 
 
@@ -66,6 +67,10 @@ class Trace:
             with self.known, Observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap):
                 getattr(self.model, method)(*args, **kwargs)
         return self
+
+    def shapes(self) -> _Shapes:
+        """Return the shape at each hook point, by name."""
+        return {self.name(fired): tuple(fired.tensor.shape) for fired in self.fired}
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
         """Return the name of a hook point. If `module` is another name for the module, return that alias."""
@@ -139,8 +144,8 @@ def traced_run(
     if axes:  # run again, so that the given names propagate downstream
         trace = Trace(model, _views_by_place(trace, axes)).run(method, inputs, keywords)
     _refuse_shared_names(trace)
-    proved = _proved_batches(method, inputs, keywords, trace)
-    grown = _free_axes(trace, method, inputs, keywords, free) if free else {}
+    proved, shapes = _proved_batches(method, inputs, keywords, trace)
+    grown = _free_axes(trace, method, inputs, keywords, free, shapes) if free else {}
     return {
         "points": [
             _point(trace, fired, proved.get(name := trace.name(fired)), grown.get(name, {})) for fired in trace.fired
@@ -209,17 +214,17 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
     return given
 
 
-def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
+def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
     """Run the model again with one more row, and map each hook point's name to the batch axis.
 
-    Hook points whose batch axis cannot be identified are left out.
+    Hook points whose batch axis cannot be identified are left out. Also return the shapes in this run, by name.
     """
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
     for path, tensor in with_rows(grown):
         if Attr("batch_sizes") in path:
-            return {}  # the rows of a PackedSequence are interleaved
+            return {}, {}  # the rows of a PackedSequence are interleaved
         inside = (each.tensor for each in trace.inputs if each.path[: len(path) - 1] == path[1:])
         names = next(map(trace.known.names, inside), None) or (None,)
         axis = names.index("batch") if "batch" in names else 0
@@ -231,36 +236,39 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
             if tensor.shape[axis] == rows:
                 grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
         second = Trace(trace.model).run(method, *grown)
-        return _grown_axes(trace, {second.name(fired): tuple(fired.tensor.shape) for fired in second.fired}, rows)
-    return {}
+        shapes = second.shapes()
+        return _grown_axes(trace, shapes, rows), shapes
+    return {}, {}
 
 
 def _free_axes(
-    trace: Trace, method: str, inputs: Any, keywords: Any, free: Mapping[str, int]
+    trace: Trace, method: str, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: _Shapes
 ) -> dict[str, dict[int, str]]:
-    """Map hook points' names to their free axes: {index of the axis: name of the free axis that grew with it}."""
+    """Map hook points' names to their free axes: {index of the axis: name of the free axis that grew with it}.
+
+    `with_row` contains the shapes in the run with one more row, in which a free axis must not grow.
+    """
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for name, axis in free.items():
-        grown = _longer_inputs(name, axis, inputs, keywords)
+        grown = _longer_inputs(trace, name, axis, inputs, keywords)
         try:
-            third = Trace(trace.model).run(method, *grown)
+            shapes = Trace(trace.model).run(method, *grown).shapes()
         except Exception as fault:
             raise SiteError(
                 f"free={{'{name}': {axis}}}: the model does not run with one more entry along this axis: {fault}"
             ) from fault
-        shapes = {third.name(fired): tuple(fired.tensor.shape) for fired in third.fired}
         for fired in trace.fired:
             point, before = trace.name(fired), tuple(fired.tensor.shape)
-            after = shapes.get(point, before)
+            three = [before, shapes.get(point, before), with_row.get(point, before)]
             if (view := trace.views.get(fired[:4])) is not None:
-                before, after = view.split_lengths(before), view.split_lengths(after)
-            for number, (one, other) in enumerate(zip(before, after, strict=len(before) == len(after))):
-                if other == one + 1:
+                three = [*map(view.split_lengths, three)]
+            for number, (length, longer, other) in enumerate(zip(*three, strict=False)):
+                if longer == length + 1 and other == length:
                     found[point][number] = name
     return found
 
 
-def _longer_inputs(name: str, axis: int, inputs: Any, keywords: Any) -> Any:
+def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: Any) -> Any:
     """Return the inputs with one more entry along a free axis, a copy of the last entry."""
     grown: Any = (inputs, dict(keywords))
     given = f"free={{'{name}': {axis}}}"
@@ -268,15 +276,26 @@ def _longer_inputs(name: str, axis: int, inputs: Any, keywords: Any) -> Any:
     if not tensors or type(axis) is not int or not 0 <= axis < tensors[0][1].dim():
         raise SiteError(f"{given}: the first input has no axis {axis}. Pass the index of one of its axes.")
     first = tensors[0][1].shape
-    if axis and first[axis] == first[0]:
+    names = next((trace.known.names(each.tensor) for each in trace.inputs), ())
+    batch = names.index("batch") if "batch" in names else 0
+    if axis == batch or name == "batch":
         raise SiteError(
-            f"{given}: the first input has shape {tuple(first)}, so the batch is as long as this axis. Trace with "
-            "another number of rows."
+            f"{given}: the batch axis may always have any length. Pass another axis, such as the positions."
+        )
+    if first[axis] in (1, first[batch]):
+        raise SiteError(
+            f"{given}: the first input has shape {tuple(first)}. The length of axis {axis} must be at least 2 and "
+            "differ from the number of rows. Trace with other example inputs."
         )
     caches = [type(each).__name__ for each in (*inputs, *keywords.values()) if hasattr(each, "get_seq_length")]
     if caches:
         raise SiteError(f"{given}: the inputs contain a {caches[0]}, whose length would not grow. Trace without it.")
     for path, tensor in tensors:
+        if tensor is not tensors[0][1] and first[axis] in (*tensor.shape[:axis], *tensor.shape[axis + 1 :]):
+            raise SiteError(
+                f"{given}: another input has shape {tuple(tensor.shape)}, so length {first[axis]} does not identify "
+                "one axis. Trace with a length that no other axis has, or without this input."
+            )
         if tensor.dim() > axis and tensor.shape[axis] == first[axis]:
             last = tensor.narrow(axis, first[axis] - 1, 1)
             grown = replace(grown, path, torch.cat([tensor, last], axis))

@@ -26,8 +26,6 @@ from ..patching.contexts import ContextSession, nan_error
 from ..patching.edits import Set
 from ..patching.firing import traced_view
 from ..patching.patch import Patch
-from ..registry.sites import HookPoint
-from ..registry.views import View
 from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
 from .prefix import Call, StrategyError, fresh, refused
 
@@ -45,7 +43,7 @@ class Fold:
         self.forward, self.points, self._baseline, self._seen = forward, forward.points, baseline, seen
         self._max_bytes, self._modules = max_bytes, 20 + sum(1 for _ in self.points.model.modules())
         outer = [point for point in self.points.values() if not point.module and point.side == "in"]
-        self.input_axes = {point.path: _batch_axis(point) for point in outer}
+        self.input_axes = {point.path: point.tensor_batch_axis for point in outer}
         inputs = [(self.input_axes.get(path[1:]), leaf) for path, leaf in leaves(forward.inputs)]
         self.rows = next((leaf.shape[axis] for axis, leaf in inputs if axis is not None), 0)
         self._of_output: dict[Path, int] = {}
@@ -59,7 +57,7 @@ class Fold:
         """Batch axes of the module outputs, by module, index of the call and path."""
         outputs = [point for point in self.points.values() if point.side == "out"]
         find = self.points.model.get_submodule
-        return {(find(point.module), point.call or 0, point.path): _batch_axis(point) for point in outputs}
+        return {(find(point.module), point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
 
     def obstacle(self, group: Group) -> str:
         """Return the reason why a group cannot be folded, or an empty string."""
@@ -71,7 +69,7 @@ class Fold:
             return "the batch axis of the inputs is unknown"
         names = dict.fromkeys(patch.site.name for entry in group.entries for patch in entry.patches)
         for name in names:
-            axis, clean = _batch_axis(self.points[name]), self._seen[name].clean
+            axis, clean = self.points[name].tensor_batch_axis, self._seen[name].clean
             if axis is None:
                 return f"the batch axis of '{name}' is unknown"
             if clean is None or clean.shape[axis] != self.rows:
@@ -212,7 +210,7 @@ class _Run:
     def _put(self, name: str, leaf: Tensor, session: Session) -> Tensor:
         """Apply the patches at a hook point to the blocks of their entries."""
         point, clean, here = self.forward.points[name], self.fold._seen[name].clean, self._at[name]
-        axis: Any = _batch_axis(point)
+        axis: Any = point.tensor_batch_axis
         if name not in self._waiting or clean is None or leaf.shape[axis] != self.blocks * self.fold.rows:
             raise StrategyError(f"'{name}' has other rows than the inputs, or ran twice")
         self._waiting.discard(name)
@@ -260,14 +258,6 @@ class _Run:
         wanted = clean.expand_as(blocks)
         if not (torch.equal(blocks, wanted) or close(blocks, wanted, blocks)):
             raise StrategyError(f"the unpatched rows at '{name}' differ from the clean run")
-
-
-def _batch_axis(point: HookPoint) -> int | None:
-    """Return the batch axis of the tensor at a hook point, before a view splits the tensor's axes."""
-    if not isinstance(point.lens, View) or point.batch_axis is None:
-        return point.batch_axis
-    batch = (point.axes[point.batch_axis],)
-    return point.lens.groups.index(batch) if batch in point.lens.groups else None
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:

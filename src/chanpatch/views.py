@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import SiteError
+from .errors import SiteError
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def view(pattern: str, **lengths: int | Sequence[str]) -> View:
         raise SiteError(f"{subject} has two axes named '{twice[0]}'. Give each axis its own name.")
     if unknown := [axis for axis in lengths if axis not in axes]:
         raise SiteError(f"{subject} has no axis '{unknown[0]}', for which a length was passed.")
-    labels = {axis: tuple(each) for axis, each in lengths.items() if not isinstance(each, int)}
-    sizes = {axis: each if isinstance(each, int) else len(each) for axis, each in lengths.items()}
+    labels = {axis: tuple(each) for axis, each in lengths.items() if isinstance(each, Sequence)}
+    sizes: dict[str, Any] = {axis: len(labels[axis]) if axis in labels else each for axis, each in lengths.items()}
     for axis, size in sizes.items():
-        if type(size) is not int or size < 1 or len(set(labels.get(axis, ()))) != len(labels.get(axis, ())):
+        names = labels.get(axis, ())
+        is_text = all(isinstance(name, str) for name in names)
+        if type(size) is not int or size < 1 or not is_text or len({*names}) != len(names):
             raise SiteError(f"{subject}: {axis} must be a positive length or distinct labels; got {lengths[axis]!r}.")
     for group in groups:
         if len(missing := [axis for axis in group if axis not in sizes]) > 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import chanpatch
 from chanpatch import (
     PatchedPolicy,
+    channel_sums,
     contrast,
     hook_points,
     load,
@@ -23,7 +24,7 @@ from chanpatch import (
     view,
     zero_ablate,
 )
-from chanpatch.errors import EditError, SiteError, TraceMismatchError
+from chanpatch.errors import EditError, ProbeError, SiteError, TraceMismatchError
 from chanpatch.patching import Context
 from chanpatch.sweeps import attribution
 
@@ -204,6 +205,8 @@ def test_a_saved_patch_of_a_head_is_loaded_with_the_same_view(tmp_path, model, p
         ("batch (head head)", {"head": 2}, "has two axes named 'head'"),
         ("batch feature", {"head": 2}, "has no axis 'head'"),
         ("batch (head feature)", {"head": 0}, "head must be a positive length or distinct labels; got 0"),
+        ("batch (part feature)", {"part": (1, 2)}, "part must be a positive length or distinct labels; got (1, 2)"),
+        ("batch (part feature)", {"part": 2.0}, "part must be a positive length or distinct labels; got 2.0"),
         ("batch (part feature)", {"part": ("q", "q")}, "part must be a positive length or distinct labels"),
     ],
 )
@@ -266,7 +269,10 @@ def test_a_fixed_axis_is_not_free(model, points, x):
 @pytest.mark.parametrize(
     ("shape", "free", "message"),
     [
-        ((3, 3, 8), {"position": 1}, "so the batch is as long as this axis"),
+        ((3, 3, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
+        ((3, 1, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
+        ((3, 5, 8), {"position": 0}, "the batch axis may always have any length"),
+        ((3, 5, 8), {"batch": 1}, "the batch axis may always have any length"),
         ((3, 5, 8), {"position": 5}, "the first input has no axis 5"),
         ((3, 5, 8), {"feature": 2}, "the model does not run with one more entry along this axis"),
     ],
@@ -274,6 +280,125 @@ def test_a_fixed_axis_is_not_free(model, points, x):
 def test_an_axis_that_cannot_be_free_is_an_error(model, shape, free, message):
     with pytest.raises(SiteError, match=message):
         hook_points(model, torch.randn(shape), free=free)
+
+
+def test_an_input_with_the_length_on_another_axis_is_an_error():
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (mask.to(x.dtype) @ x).tanh()
+
+    with pytest.raises(SiteError) as caught:
+        hook_points(Masked(), torch.randn(3, 5, 8), torch.ones(3, 5, 5), free={"position": 1})
+    assert str(caught.value) == (
+        "free={'position': 1}: another input has shape (3, 5, 5), so length 5 does not identify one axis. Trace with a "
+        "length that no other axis has, or without this input."
+    )
+
+
+def test_an_axis_that_grows_with_the_rows_too_is_not_free():
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(0, 1)).view(len(x), -1, 4)
+
+    points = hook_points(Flat(), torch.randn(1, 5, 8), free={"position": 1})
+    assert points["layer"].shape == (5, 4) and points[".out"].shape == (None, 4)
+
+
+@torch.no_grad()
+def test_recordings_of_several_lengths_are_joined_if_their_regions_have_one_shape(model, x):
+    points = hook_points(model, x, axes={"qkv": HEADS}, free={"position": 1})
+    last = points.site("qkv", position=-1)
+    with recording(points, last) as cache, recording(points, "qkv", reduce="sum") as sums:
+        for length in (5, 2):
+            model(x[:, :length])
+    by_length = [model.qkv(x[:, :length]).view(3, length, 3, 4, 2) for length in (5, 2)]
+    assert torch.equal(cache[last], torch.cat([each[:, -1:] for each in by_length]))
+    torch.testing.assert_close(sums["qkv"], torch.cat([each.sum((1, 2)).sum(1) for each in by_length]))
+    with pytest.raises(SiteError) as caught, recording(points, "qkv"):
+        for length in (5, 2):
+            model(x[:, :length])
+    assert str(caught.value) == (
+        "Site('qkv') was recorded with shapes (3, 5, 3, 4, 2) and (3, 2, 3, 4, 2), which cannot be joined along the "
+        "batch axis. Record one position, as in position=-1, pass reduce=, or open one recording per length."
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 1])
+def test_rows_and_lengths_may_be_zero_or_one(model, x, length):
+    model = nn.Linear(8, 24)
+    points = hook_points(model, x, axes={".out": HEADS}, free={"position": 1})
+    for part in (x[:, :length], x[:length]):
+        with patched(points, zero_ablate(points.site(".out", head=1, part="q"))):
+            found = model(part)
+        expected = model(part)
+        expected.view(*part.shape[:2], 3, 4, 2)[:, :, 0, 1] = 0
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_views_split_tensors_with_any_strides():
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.identity = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.identity(x).sum(-1)
+
+    model, expanded = Permuted(), torch.randn(3, 4, 1).expand(3, 4, 6)
+    for x in (
+        torch.randn(3, 6, 4).mT,
+        expanded,
+        torch.randn(6, 4, 3).permute(2, 1, 0),
+        torch.randn(3, 4, 12)[..., ::2],
+    ):
+        points = hook_points(model, x, axes={"identity": view("batch (outer inner) (head feature)", outer=2, head=3)})
+        with patched(points, zero_ablate(points.site("identity", outer=1, head=2))):
+            found = model(x)
+        expected = x.reshape(3, 2, 2, 3, 2).clone()
+        expected[:, 1, :, 2] = 0
+        torch.testing.assert_close(found, expected.sum((3, 4)).flatten(1))
+
+
+@torch.no_grad()
+def test_taps_inputs_and_tuple_outputs_of_shared_modules_have_views(x):
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return chanpatch.tap("tap", self.layer(x)), {"key": self.layer(2 * x)}
+
+    heads, model = view("batch position (head feature)", head=2), Shared()
+    points = hook_points(model, x, axes=dict.fromkeys(("tap", "layer.in[0]", '.out[1]["key"]'), heads))
+    with patched(points, zero_ablate(points.site("tap", head=1))):
+        assert not model(x)[0][..., 4:].any()
+    half, whole = model.layer(torch.cat([0 * x[..., :4], 2 * x[..., 4:]], -1)), model.layer(2 * x)
+    with patched(points, zero_ablate(points.site("layer#1.in[0]", head=0))):
+        torch.testing.assert_close(model(x)[1]["key"], half)
+    with patched(points, steer(points.site('.out[1]["key"]', head=1), 1.0)):
+        torch.testing.assert_close(model(x)[1]["key"][..., 4:], whole[..., 4:] + 1)
+
+
+def test_channel_sums_of_several_heads_are_an_error_that_shows_how_to_select_one(points, x):
+    with pytest.raises(ProbeError) as caught:
+        channel_sums(points, x, "qkv")
+    assert str(caught.value) == (
+        "Site('qkv') has 3 parts, each with its own features. Select one part, as in part='q'."
+    )
+    assert channel_sums(points, x, points.site("qkv", part="q", head=1)).shape == (3, 2)
+
+
+def test_a_contrast_compares_each_part_and_head_separately(model, points, x):
+    found = contrast(points, x, x + 1, "qkv")
+    difference = (model.qkv(x) - model.qkv(x + 1)).view(3, 5, 3, 4, 2).sum(1).mean(0).flatten().detach()
+    torch.testing.assert_close(torch.tensor(found.difference).float(), difference, atol=1e-4, rtol=1e-4)
 
 
 def test_a_view_is_public():
