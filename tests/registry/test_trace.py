@@ -633,3 +633,35 @@ def test_a_container_that_refuses_one_row_more_leaves_the_batch_axis_unproved():
 def test_numpy_arrays_are_given_as_tensors_where_the_model_takes_none():
     with pytest.raises(TypeError, match=r"Linear does not accept NumPy arrays\. Pass torch\.as_tensor\(array\)"):
         hook_points(nn.Linear(4, 2), np.zeros((3, 4), np.float32))
+
+
+class KeptKeys:
+    """A cache that a model extends in place, as key-value caches of language models are."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+class Extending(nn.Module):
+    """A model that extends the cache that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, cache: KeptKeys) -> Tensor:
+        cache.keys = torch.cat([cache.keys, self.layer(x)], dim=1)
+        return cache.keys.sum(1)
+
+
+def test_a_cache_is_copied_for_each_run_and_one_with_gradients_is_refused():
+    model, x = Extending(), torch.randn(3, 1, 2)
+    cache = KeptKeys(torch.randn(3, 4, 2))
+    hook_points(model, x, cache)
+    assert cache.keys.shape == (3, 4, 2)
+    with pytest.raises(UnsupportedModelError) as caught:
+        hook_points(model, x, KeptKeys(model.layer(torch.randn(3, 4, 2))))
+    assert str(caught.value) == (
+        "A KeptKeys among the inputs contains tensors that require gradients, so it cannot be copied for each forward "
+        "pass. Create the KeptKeys under torch.no_grad()."
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from .paths import Item, Path, is_tensordict, leaves, replace, with_rows
 
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
@@ -75,8 +75,20 @@ def _copied(argument: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of an argument, such as a key-value cache, that contains the copied tensors in the memo.
 
     An argument that is a module or cannot be copied is returned unchanged.
+
+    Raises:
+        UnsupportedModelError: If the argument is a custom object with tensors that require gradients. The model may
+            change such an object, for example extend a key-value cache, and then every later forward pass differs.
     """
-    if not isinstance(argument, nn.Module):  # a module may be part of the model
-        with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
-            return copy.deepcopy(argument, memo)
-    return argument
+    if isinstance(argument, nn.Module):  # a module may be part of the model
+        return argument
+    try:
+        return copy.deepcopy(argument, memo)
+    except Exception as fault:  # locks and generators do not support copying
+        if "deepcopy protocol" not in str(fault):
+            return argument
+    kind = type(argument).__name__
+    raise UnsupportedModelError(
+        f"A {kind} among the inputs contains tensors that require gradients, so it cannot be copied for each forward "
+        f"pass. Create the {kind} under torch.no_grad()."
+    )
