@@ -64,7 +64,7 @@ bench: $(PEERS) ## the benchmarks, beside other libraries; options go into ARGS,
 docs: $(DOCS) ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-# The README's second example reads the study's weights, and the test of the language reads the source.
+# Some tests read the study's weights, which are not in the sdist. The test of the language reads the source.
 release-check: $(RELEASE) ## build sdist and wheel into dist, and test the wheel without the source, in a new environment
 	rm -rf dist $(BARE)
 	$(BIN)/python -m build
@@ -73,10 +73,11 @@ release-check: $(RELEASE) ## build sdist and wheel into dist, and test the wheel
 	mkdir -p $(BARE)
 	tar -xzf dist/*.tar.gz -C $(BARE) --strip-components 1
 	rm -r $(BARE)/src
+	cp -r examples/maze/weights $(BARE)/examples/maze
 	$(BIN)/python -m venv $(BARE)/.venv
 	$(BARE)/.venv/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[maze,plot,probe,rl,save,dev]"
-	cd $(BARE) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow" tests -k "not readme" \
-		--ignore tests/test_language.py
+	$(BARE)/.venv/bin/python -m pip install -c constraints.txt --no-deps procgen-tools
+	cd $(BARE) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow" tests --ignore tests/test_language.py
 
 clean: ## remove .venv, .venv-peers, caches and what was built
 	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
