@@ -69,7 +69,7 @@ release-check: $(RELEASE) ## build sdist and wheel into dist, and test the wheel
 	rm -rf dist $(BARE)
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	test "$$(wc -c < dist/*.tar.gz)" -lt 3000000 # bytes
+	test "$$(cat dist/*.tar.gz | wc -c)" -lt 3000000 # bytes
 	mkdir -p $(BARE)
 	tar -xzf dist/*.tar.gz -C $(BARE) --strip-components 1
 	rm -r $(BARE)/src
