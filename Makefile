@@ -18,6 +18,8 @@ CREATED := $(VENV)/.created
 STUDY := $(VENV)/.installed-study
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+RELEASE := $(VENV)/.installed-release
+BARE := build/release
 PEERS_VENV := .venv-peers
 PEERS_PIP := $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -c constraints-peers.txt
 PEERS := $(PEERS_VENV)/.installed
@@ -26,11 +28,11 @@ TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocess
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study report train test test-all check bench docs clean
+.PHONY: help study report train test test-all check bench docs release-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study, ARGS to train too; PYTHON=$(PYTHON) creates .venv"
 
@@ -62,6 +64,21 @@ bench: $(PEERS) ## the benchmarks, beside other libraries; options go into ARGS,
 docs: $(DOCS) ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# Some tests read the study's weights, which are not in the sdist. The test of the language reads the source.
+release-check: $(RELEASE) ## build sdist and wheel into dist, and test the wheel without the source, in a new environment
+	rm -rf dist $(BARE)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	test "$$(cat dist/*.tar.gz | wc -c)" -lt 3000000 # bytes
+	mkdir -p $(BARE)
+	tar -xzf dist/*.tar.gz -C $(BARE) --strip-components 1
+	rm -r $(BARE)/src
+	cp -r examples/maze/weights $(BARE)/examples/maze
+	$(BIN)/python -m venv $(BARE)/.venv
+	$(BARE)/.venv/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[maze,plot,probe,rl,save,dev]"
+	$(BARE)/.venv/bin/python -m pip install -c constraints.txt --no-deps procgen-tools
+	cd $(BARE) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow" tests --ignore tests/test_language.py
+
 clean: ## remove .venv, .venv-peers, caches and what was built
 	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -86,6 +103,10 @@ $(DEV): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) install -c constraints.txt -e ".[maze,plot,rl,dev]"
 	$(PIP) install -c constraints.txt --no-deps procgen-tools # its metadata pins releases that no longer install
 	@touch $(STUDY) $@
+
+$(RELEASE): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) install -c constraints.txt build twine
+	@touch $@
 
 # What is compared with may want other releases than the tests, so it has an environment of its own.
 $(PEERS): pyproject.toml constraints.txt constraints-peers.txt | $(CREATED)

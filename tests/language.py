@@ -21,7 +21,15 @@ PARTS = {
     "src": ["src"],
     "docs": ["docs"],
     "examples": ["examples"],
-    "front pages": ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+    "front pages": [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "ROADMAP.md",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+        ".github",
+    ],
 }
 GENERATED = (
     "docs/_build/",

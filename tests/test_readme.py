@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import chanpatch
 from chanpatch import recording
 
 README = Path(__file__).parents[1] / "README.md"
@@ -51,3 +52,9 @@ def test_the_users_own_ablation_changes_exactly_the_rows_whose_mouse_is_in_the_l
 def test_the_users_own_ablation_takes_under_ten_lines() -> None:
     body = BLOCKS[1].split("\n\n\n", 1)[1]
     assert len([line for line in body.splitlines() if line.strip()]) < 10
+
+
+def test_the_citation_and_the_changelog_name_the_version_of_the_package() -> None:
+    version = re.escape(chanpatch.__version__)
+    assert re.search(rf"^version: {version}$", (README.parent / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.search(rf"^## \[{version}\] - ", (README.parent / "CHANGELOG.md").read_text(), re.MULTILINE)

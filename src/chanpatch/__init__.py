@@ -22,7 +22,7 @@ from .registry import HookPoints, Site, hook_points, tap, view
 from .saving import load, save
 from .sweeps import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "HookPoints", "Patch", "PatchedPolicy", "Site", "ThresholdProbe", "channel_sums", "contrast", "edit",

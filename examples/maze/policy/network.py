@@ -29,6 +29,7 @@ ACTIONS = {Direction.LEFT: (0, 1, 2), Direction.DOWN: (3,), Direction.UP: (5,), 
 NO_MOVE = 4  # procgen's action without a key; 9 to 14 do not move the mouse either
 ACTION_COUNT = 15
 
+_CLONE = "The source distribution contains no weights, so run the study in a clone of the repository."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST_WEIGHT = "embedder.block1.conv.weight"  # its first axis has 16 channels at width 1
 
@@ -74,7 +75,9 @@ def load_policy(
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"The weights '{file}' cannot be read: {error.strerror}.") from error
+        left_out = file.absolute().parent == SHIPPED_WEIGHTS.parent and not SHIPPED_WEIGHTS.exists()
+        advice = f" {_CLONE}" if left_out else ""
+        raise UserError(f"The weights '{file}' cannot be read: {error.strerror}.{advice}") from error
     weights = _tensors(file, content)
     # Without the first weight, the comparison with width 1 names all missing weights.
     first = weights.get(_FIRST_WEIGHT, torch.empty(16))

@@ -15,5 +15,5 @@ FILES = {name: SHIPPED_WEIGHTS.with_name(f"{name.replace('imitation', 'policy')}
 @cache
 def shipped_name(sha256: str) -> str | None:
     """The name of a shipped policy by the digest of its file; None for any other file."""
-    digests = {hashlib.sha256(file.read_bytes()).hexdigest(): name for name, file in FILES.items()}
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest(): name for name, file in FILES.items() if file.exists()}
     return digests.get(sha256)

@@ -13,6 +13,7 @@ from maze.command import UserError
 from maze.environment.requirements import policy_models
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction
+from maze.policy import network
 from maze.policy.impala import Impala
 from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy, new_policy, original_policy
 
@@ -161,6 +162,16 @@ def test_actions_are_those_of_procgen_tools():
 def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "none.pth"
     assert refusal(path) == f"The weights '{path}' cannot be read: No such file or directory."
+
+
+@pytest.mark.parametrize("name", ["policy", "width4"])
+def test_without_the_shipped_weights_the_error_says_that_the_study_runs_in_a_clone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(network, "SHIPPED_WEIGHTS", tmp_path / "policy.safetensors")
+    path = tmp_path / f"{name}.safetensors"
+    assert refusal(None if name == "policy" else path) == (
+        f"The weights '{path}' cannot be read: No such file or directory. "
+        "The source distribution contains no weights, so run the study in a clone of the repository."
+    )
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

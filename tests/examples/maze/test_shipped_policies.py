@@ -2,6 +2,7 @@
 
 import hashlib
 
+from maze.policy import shipped
 from maze.policy.network import SHIPPED_WEIGHTS
 from maze.policy.shipped import FILES, shipped_name
 
@@ -15,3 +16,8 @@ def test_every_weights_file_has_a_name():
 
 def test_a_file_that_is_not_shipped_has_no_name():
     assert shipped_name("0" * 64) is None
+
+
+def test_without_the_shipped_weights_no_file_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FILES", {"imitation": tmp_path / "policy.safetensors"})
+    assert shipped_name("1" * 64) is None
