@@ -19,9 +19,10 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 from tensordict import TensorDict  # noqa: F401  # in CASES
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import AffineTransform, Categorical, Normal, TanhTransform, TransformedDistribution
+from torchrl.modules import ProbabilisticActor
 
 from chanpatch import rollout
 from chanpatch.policies import Rollout, action_distribution
@@ -142,10 +143,8 @@ def squashed(actor: Any, x: Any) -> Any:
 
 
 def probabilistic_actor(env: Any) -> Any:
-    """Return the module that TorchRL's ProbabilisticActor builds."""
     body = TensorDictModule(mlp(env.observation_space.shape[0], env.action_space.n, 1.0), ["observation"], ["logits"])
-    draw = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=Categorical)
-    return ProbabilisticTensorDictSequential(body, draw)
+    return ProbabilisticActor(body, ["logits"], distribution_class=Categorical)
 
 
 # Their own actions along an episode: each yields pairs of numbers that must be equal.
@@ -310,7 +309,7 @@ CASES = [
         own="lambda model, seen: model.get_action(seen)[1]",
     ),
     Case(
-        "tensordict ProbabilisticTensorDictSequential",
+        "TorchRL ProbabilisticActor",
         probabilistic_actor,
         "Discrete actions",
         walking(spaces.Discrete(4)),

@@ -202,9 +202,8 @@ class Station:
             self._end(failed=failed)
         else:
             self._calls = [(session, session.call) for session in self._counting]
-            if changed is not output:
-                places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
-                self._just_patched = patched_tensors(places, changed)
+            places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
+            self._just_patched = [] if changed is output else patched_tensors(places, changed)
         return None if changed is output else changed
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
