@@ -63,7 +63,7 @@ def traced(model: Model, rows: int = 4) -> tuple[HookPoints, tuple[Any, ...]]:
 
 def written(file: Path, metadata: Any, tensors: dict[str, Tensor] | None = None) -> Path:
     """Write a file by hand, with a checksum if its format has one."""
-    if isinstance(metadata, dict) and metadata["format"] == 2 and "sha256" not in metadata:
+    if isinstance(metadata, dict) and metadata["format"] in (2, 3) and "sha256" not in metadata:
         metadata = metadata | {"sha256": checksum(metadata, tensors or {})}
     save_file(tensors or {}, file, {"chanpatch": metadata if isinstance(metadata, str) else json.dumps(metadata)})
     return file
@@ -84,7 +84,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "operands": {"value": {"float": "0.0"}},
         "where": None,
     }
-    return {"format": 2, "chanpatch": "0.1.0", "patches": [patch | changes], "receipt": None}
+    return {"format": 3, "chanpatch": "0.1.0", "patches": [patch | changes], "receipt": None}
 
 
 def refused(kind: type[Exception], call: Callable[[], Any]) -> str:
@@ -307,11 +307,11 @@ def test_the_file_is_plain_safetensors_with_json(file: Path) -> None:
         metadata = json.loads(archive.metadata()["chanpatch"])
         assert metadata.pop("sha256") == checksum(metadata, {"0": vector[:, :, :2], "1": mask})
         assert metadata == {
-            "format": 2,
+            "format": 3,
             "chanpatch": VERSION,
             "patches": [
                 {
-                    "site": {"name": "relu1", "indices": {"channel": [5], "row": [2, 3]}},
+                    "site": {"name": "relu1", "indices": {"channel": [5], "row": [2, 3]}, "basis": None},
                     "hook_point": "ReLU (batch, channel=8, row=8, col=8) float32",
                     "edit": "Add",
                     "operands": {
@@ -323,6 +323,11 @@ def test_the_file_is_plain_safetensors_with_json(file: Path) -> None:
             ],
             "receipt": None,
         }
+
+
+def test_a_file_in_format_2_which_has_no_bases_is_read(file: Path) -> None:
+    (patch,) = load(written(file, record() | {"format": 2}))
+    assert patch.site == load(written(file, record()))[0].site and patch.site.basis is None
 
 
 def test_with_points_operands_go_to_the_device_of_their_hook_point(file: Path) -> None:
@@ -613,12 +618,12 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
 DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the patches again."
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
-        record() | {"format": 3},
-        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
+        record() | {"format": 4},
+        f"has format 4, but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
     ),
     "a format that is true": (
         record() | {"format": True},
-        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
+        f"has format True, but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
     ),
     "no checksum": (record() | {"sha256": None}, DAMAGED),
     "another checksum": (record() | {"sha256": "0" * 64}, DAMAGED),
@@ -634,9 +639,9 @@ METADATA: dict[str, tuple[Any, str]] = {
     "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
     "a format that is no number": (
         record() | {"format": "1"},
-        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
+        f"has format '1', but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
     ),
-    "no patches": ({"format": 2}, "is damaged: KeyError: 'patches'"),
+    "no patches": ({"format": 3}, "is damaged: KeyError: 'patches'"),
     "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
     "an operand of another edit": (
         record(operands={"factor": 2}),

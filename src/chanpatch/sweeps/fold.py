@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 
-from ..engine.paths import Path, _children, get, leaves, replace
+from ..engine.paths import Path, _children, get, is_tensordict, leaves, replace
 from ..engine.sessions import Attached, Session
 from ..errors import EditError
 from ..labels import labelled
@@ -63,6 +63,9 @@ class Fold:
         """Return the reason why a group cannot be folded, or an empty string."""
         if self.forward.draws:
             return "the model draws random numbers"
+        args, kwargs = self.forward.inputs
+        if any(map(is_tensordict, (*args, *kwargs.values()))):
+            return "an input is a TensorDict"
         if next(leaves(self._baseline), None) is None:
             return "no tensors are found in the output"
         if not self.rows:
