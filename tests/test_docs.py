@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 
 import numpy as np
@@ -15,25 +16,51 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import chanpatch
 from chanpatch import PatchedPolicy, hook_points, patch_in, rollout
 
-REFERENCE = (pages.DOCS / "api.md").read_text()
 
-
-def test_every_public_name_stands_in_the_reference_once() -> None:
-    listed = re.findall(r"^\.\. auto(?:class|function|data):: chanpatch\.([\w.]+)$", REFERENCE, re.MULTILINE)
+def test_every_public_module_has_a_page_in_the_reference() -> None:
+    named = {
+        page.stem: re.findall(r"^\.\. automodule:: chanpatch\.(\w+)$", page.read_text(), re.MULTILINE)
+        for page in (pages.DOCS / "reference").glob("*.md")
+    }
     modules = [module for module in dir(chanpatch) if module not in chanpatch.__all__]
-    exported = [(module, name) for module in modules for name in getattr(chanpatch, module).__all__]
-    assert sorted(listed) == sorted(
-        name if name in chanpatch.__all__ else f"{module}.{name}" for module, name in exported
-    )
+    assert named == {module: [module] for module in modules}
 
 
 @pytest.mark.parametrize("page", pages.pages())
 def test_the_code_of_a_page_runs_and_prints_the_output_that_the_page_shows(page: str) -> None:
-    if "from transformers" in (pages.DOCS / page).read_text():
-        pytest.importorskip("transformers")
-    _, outputs = pages.run(page)
-    for shown, printed in outputs:
-        assert printed == shown, "`python tests/pages.py` writes the output into the pages"
+    for block in pages.run(page)[1]:
+        assert block.printed == block.shown, "`python tests/pages.py` writes the output into the pages"
+        assert block.figures or not block.image
+
+
+@pytest.mark.parametrize("page", pages.TUTORIALS)
+def test_a_tutorial_runs_at_reduced_size(page: str) -> None:
+    for block in pages.run(page, small=True)[1]:
+        assert bool(block.printed) == bool(block.shown)
+        assert len(block.figures) == bool(block.image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages.TUTORIALS)
+def test_a_tutorial_prints_the_output_that_its_page_shows(page: str) -> None:
+    for block in pages.run(page)[1]:
+        assert block.printed == block.shown, "`python tests/pages.py` writes the output into the pages"
+
+
+@pytest.mark.parametrize("page", pages.TUTORIALS)
+def test_a_tutorials_notebook_has_the_text_code_output_and_images_of_its_page(page: str) -> None:
+    assert json.loads(pages.notebook_file(page).read_text()) == pages.notebook(page)
+
+
+@pytest.mark.parametrize("page", pages.TUTORIALS)
+def test_every_number_with_a_decimal_point_or_percent_sign_in_a_tutorials_text_is_in_its_output(page: str) -> None:
+    text = (pages.DOCS / page).read_text()
+    outputs = "".join(re.findall(r"```text\n.*?```", text, re.DOTALL))
+    prose = re.sub(r"```.*?```|\]\(.*?\)", "", text, flags=re.DOTALL)
+    claims = re.findall(r"\d+\.\d+%?|\d+%", prose)
+    constants = re.findall(r"wrong=(0\.\d+)", text)  # 0.2 is 20% in the text
+    known = {f"{float(constant):.0%}" for constant in constants}
+    assert [claim for claim in claims if claim not in outputs and claim not in known] == []
 
 
 def test_a_model_of_stable_baselines_runs_with_a_twin_in_place_of_its_policy() -> None:
