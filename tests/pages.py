@@ -71,7 +71,7 @@ def written(page: str) -> str:
     def replaced(found: re.Match[str]) -> str:
         block = next(blocks)
         if block.image:
-            block.figures[0].savefig((DOCS / page).parent / block.image, dpi=110)
+            block.figures[0].savefig((DOCS / page).parent / block.image, dpi=100)
         if block.shown == block.printed or (_COMMENT.search(found[2]) and not found[3]):  # comments are kept
             return found[0]
         return found[1] + (f"\n```text\n{block.printed}```\n" if block.printed else "") + (found[4] or "")

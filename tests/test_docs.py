@@ -26,8 +26,15 @@ def test_every_public_module_has_a_page_in_the_reference() -> None:
     assert named == {module: [module] for module in modules}
 
 
+def need(page: str) -> None:
+    """Skip a page if the package is missing that has no release for Python 3.10."""
+    if "from transformers" in (pages.DOCS / page).read_text():
+        pytest.importorskip("transformers")
+
+
 @pytest.mark.parametrize("page", pages.pages())
 def test_the_code_of_a_page_runs_and_prints_the_output_that_the_page_shows(page: str) -> None:
+    need(page)
     for block in pages.run(page)[1]:
         assert block.printed == block.shown, "`python tests/pages.py` writes the output into the pages"
         assert block.figures or not block.image
@@ -35,6 +42,7 @@ def test_the_code_of_a_page_runs_and_prints_the_output_that_the_page_shows(page:
 
 @pytest.mark.parametrize("page", pages.TUTORIALS)
 def test_a_tutorial_runs_at_reduced_size(page: str) -> None:
+    need(page)
     for block in pages.run(page, small=True)[1]:
         assert bool(block.printed) == bool(block.shown)
         assert len(block.figures) == bool(block.image)
@@ -43,6 +51,7 @@ def test_a_tutorial_runs_at_reduced_size(page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages.TUTORIALS)
 def test_a_tutorial_prints_the_output_that_its_page_shows(page: str) -> None:
+    need(page)
     for block in pages.run(page)[1]:
         assert block.printed == block.shown, "`python tests/pages.py` writes the output into the pages"
 
@@ -56,7 +65,7 @@ def test_a_tutorials_notebook_has_the_text_code_output_and_images_of_its_page(pa
 def test_every_number_with_a_decimal_point_or_percent_sign_in_a_tutorials_text_is_in_its_output(page: str) -> None:
     text = (pages.DOCS / page).read_text()
     outputs = "".join(re.findall(r"```text\n.*?```", text, re.DOTALL))
-    prose = re.sub(r"```.*?```|\]\(.*?\)", "", text, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|\]\(.*?\)|Python 3[.\d]*( or 3[.\d]*)?", "", text, flags=re.DOTALL)
     claims = re.findall(r"\d+\.\d+%?|\d+%", prose)
     constants = re.findall(r"wrong=(0\.\d+)", text)  # 0.2 is 20% in the text
     known = {f"{float(constant):.0%}" for constant in constants}
