@@ -86,7 +86,7 @@ def strip(
     ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
     ax.set(xlim=(-0.5, len(names) - 0.5), xlabel="label", ylabel="channel sum\n(activation summed over positions)")
     if split is not None or threshold is not None:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
     return ax
 
 
