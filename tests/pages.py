@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from PIL import Image
 
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIALS = ("tutorials/goal_misgeneralization.md", "tutorials/sb3_agent.md", "tutorials/language_model.md")
@@ -71,12 +72,18 @@ def written(page: str) -> str:
     def replaced(found: re.Match[str]) -> str:
         block = next(blocks)
         if block.image:
-            block.figures[0].savefig((DOCS / page).parent / block.image, dpi=100)
+            save(block.figures[0], (DOCS / page).parent / block.image)
         if block.shown == block.printed or (_COMMENT.search(found[2]) and not found[3]):  # comments are kept
             return found[0]
         return found[1] + (f"\n```text\n{block.printed}```\n" if block.printed else "") + (found[4] or "")
 
     return _BLOCK.sub(replaced, (DOCS / page).read_text())
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Save a figure in few colors, in a third of the bytes."""
+    figure.savefig(drawn := io.BytesIO(), dpi=100)
+    Image.open(drawn).convert("RGB").quantize(64).save(file, optimize=True)
 
 
 def notebook(page: str) -> dict[str, Any]:
