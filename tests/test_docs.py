@@ -75,6 +75,11 @@ def test_every_number_with_a_decimal_point_or_percent_sign_in_a_tutorials_text_i
     assert [claim for claim in claims if claim not in outputs and claim not in known] == []
 
 
+def test_the_gallery_shows_every_figure_of_the_library() -> None:
+    text = (pages.DOCS / "gallery.md").read_text()
+    assert [name for name in chanpatch.plots.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
 def test_every_link_between_pages_leads_to_a_file_and_to_a_heading() -> None:
     def headings(file: Path) -> list[str]:
         titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
