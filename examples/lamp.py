@@ -3,7 +3,7 @@
     python examples/lamp.py --out lamp_results     two to three minutes on one core
 
 The observation has a fifth number, a lamp: 1 if the pole falls to the right, -1 if it falls to the left. In training,
-the lamp is wrong in 20% of the steps. In the test, it is random. PPO is trained from a fixed seed; then the script
+the lamp is wrong in 20% of the steps. In the test, it is random. After training PPO with a fixed seed, the script
 
   1. plays episodes with a right, a dark (0) and a random lamp: does the policy follow the lamp?
   2. finds the hidden units that respond most to the lamp, in pairs of observations that differ only in the lamp
@@ -85,6 +85,7 @@ def draw(effects: Any, chosen: Sequence[int], returns: dict[str, float], swept: 
 
 def study(out: Path, *, training: int, episodes: int, controls: int) -> SweptRollouts:
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the number of threads changes rounding, and so the trained policy
     training_envs = make_vec_env(lambda: Lamp("right", WRONG), n_envs=8, seed=0)
     model = PPO("MlpPolicy", training_envs, n_steps=256, batch_size=256, seed=0, device="cpu").learn(training)
     points = hook_points(model.policy, torch.zeros(2, 5), method="get_distribution")
@@ -97,10 +98,9 @@ def study(out: Path, *, training: int, episodes: int, controls: int) -> SweptRol
     response = contrast(points, with_lamp(seen, 1), with_lamp(seen, -1), LAYER)
     effects = response.effect()
     chosen = sorted(np.argsort(-np.abs(effects))[:UNITS].tolist())
-    others = [unit for unit in range(len(effects)) if unit not in chosen]
     lamp_units, every = f"{UNITS} lamp units", f"all {len(effects)} units"
     patches = {lamp_units: with_dark_lamp(points, chosen), every: with_dark_lamp(points, range(len(effects)))}
-    sets = random_sets(others, UNITS, count=controls)
+    sets = random_sets([unit for unit in range(len(effects)) if unit not in chosen], UNITS, count=controls)
     random = {f"units {', '.join(map(str, units))}": with_dark_lamp(points, units) for units in sets}
     new = range(10_000, 10_000 + episodes)  # episodes that did not select the units
     swept = rollout_sweep(points, envs["random"], new, patches, controls=random, max_steps=STEPS)
