@@ -327,7 +327,8 @@ def test_recordings_of_several_lengths_are_joined_if_their_regions_have_one_shap
             model(x[:, :length])
     assert str(caught.value) == (
         "Site('qkv') was recorded with shapes (3, 5, 3, 4, 2) and (3, 2, 3, 4, 2), which cannot be joined along the "
-        "batch axis. Record one position, as in position=-1, pass reduce=, or open one recording per length."
+        "batch axis. Record a single position, as in position=-1, reduce the axis with reduce=, or open one recording "
+        "per length."
     )
 
 

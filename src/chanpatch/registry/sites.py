@@ -128,9 +128,7 @@ class Site:
         if self.point is None:
             raise SiteError(f"{self!r} has no trace. Create the site with hook_points(model, *inputs).site(...).")
         if self.basis is not None or axis in dict(self.indices):
-            raise SiteError(
-                f"{self!r} already has a basis or an index along '{axis}'. Start from a site that has neither."
-            )
+            raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site with neither.")
         other = self.indexed(**{**dict(self.indices), **indices}).with_basis(Along.of(axis, basis))
         return normalized(other, self.point)
 
