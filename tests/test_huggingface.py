@@ -203,8 +203,8 @@ def test_an_unknown_family_is_an_error_that_shows_two_lines_to_write():
     with pytest.raises(UnsupportedModelError) as caught:
         axes(model)
     assert str(caught.value) == (
-        "The axes of Linear are unknown: its family is None, but must be one of gpt2, gpt_neox, llama, mistral, qwen2, "
-        "gemma, gemma2, qwen3, gemma3_text, bert, t5, whisper, vit. Name the axes yourself:\n"
+        "The axes of Linear are unknown: model.config.model_type must be one of gpt2, gpt_neox, llama, mistral, qwen2, "
+        "gemma, gemma2, qwen3, gemma3_text, bert, t5, whisper, vit; got None. Name the axes yourself:\n"
         'heads = chanpatch.view("batch position (head feature)", head=12)\n'
         'points = hook_points(model, inputs, axes={".in[0]": "batch position", "**.o_proj.in[0]": heads})'
     )

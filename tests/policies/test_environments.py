@@ -142,8 +142,8 @@ def test_frozen_statistics_normalize_observations_and_moving_ones_are_refused():
         with pytest.raises(RolloutError) as caught:
             rollout(policy(), envs, SEEDS, **MODES)
         assert str(caught.value) == (
-            "VecNormalize updates its statistics in every step, so an episode would depend on earlier ones. Freeze the "
-            "statistics with envs.training = False; for unscaled rewards, also set envs.norm_reward = False."
+            "VecNormalize updates its statistics in every step, so an episode would depend on earlier episodes. Freeze "
+            "the statistics with envs.training = False; for unscaled rewards, also set envs.norm_reward = False."
         )
 
 
