@@ -92,7 +92,7 @@ def test_twins_and_sweeps_are_paired_in_make_vec_of_the_default_kind():
 
 REPLACED = (
     "CartPoleVectorEnv accepts only one seed for all rows, so the rollout plays in one copy per row. The policy, a "
-    "patch or the masks use the original, which does not move. Pass gymnasium.make_vec(..., "
+    "patch or the masks use the original, in which no episode is played. Pass gymnasium.make_vec(..., "
     'vectorization_mode="sync") instead.'
 )
 
