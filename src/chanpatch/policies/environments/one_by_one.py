@@ -16,7 +16,7 @@ from .converted import Converted
 
 
 def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """Return the environments, in a OneByOne if `gymnasium.make_vec` created them with a `vector_entry_point`."""
+    """Return the environments, in a OneByOne if `make_vec` created them such that they accept only one seed."""
     mode = getattr(envs.spec, "kwargs", {}).get("vectorization_mode")
     if mode != "vector_entry_point" or envs.unwrapped is not envs:
         return envs
