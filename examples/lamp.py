@@ -1,14 +1,14 @@
-"""Does a CartPole policy follow a lamp that was usually right in training, and which hidden units carry the lamp?
+"""Does a CartPole policy follow a lamp that was usually right in training, and which hidden units encode the lamp?
 
     python examples/lamp.py --out lamp_results     two to three minutes on one core
 
 The observation has a fifth number, a lamp: 1 if the pole falls to the right, -1 if it falls to the left. In training,
 the lamp is wrong in 20% of the steps. In the test, it is random. After training PPO with a fixed seed, the script
 
-  1. plays episodes with a right, a dark (0) and a random lamp: does the policy follow the lamp?
+  1. plays episodes in which the lamp is always right, dark (0) or random, to see whether the policy follows the lamp
   2. finds the hidden units that respond most to the lamp, in pairs of observations that differ only in the lamp
-  3. plays new episodes with the random lamp, and patches these units to their activations for a dark lamp
-  4. compares the effect with that of the same patch on random sets of other units, and draws a figure
+  3. plays new episodes with a random lamp, and patches these units to their activations for a dark lamp
+  4. compares the effect with the effect of patching random sets of other units, and draws a figure
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Lamp(gym.ObservationWrapper[Any, Any, Any]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
 
     def observation(self, observation: Any) -> Any:
-        is_right = observation[2] + 0.5 * observation[3] > 0  # the angle plus half its velocity
+        is_right = observation[2] + 0.5 * observation[3] > 0  # the angle plus half the angular velocity
         right = 1.0 if is_right != (self.np_random.random() < self.wrong) else -1.0
         shown = {"right": right, "dark": 0.0, "random": self.np_random.choice([-1.0, 1.0])}
         return np.append(observation, shown[self.lamp]).astype(np.float32)
@@ -102,7 +102,7 @@ def study(out: Path, *, training: int, episodes: int, controls: int) -> SweptRol
     patches = {lamp_units: with_dark_lamp(points, chosen), every: with_dark_lamp(points, range(len(effects)))}
     sets = random_sets([unit for unit in range(len(effects)) if unit not in chosen], UNITS, count=controls)
     random = {f"units {', '.join(map(str, units))}": with_dark_lamp(points, units) for units in sets}
-    new = range(10_000, 10_000 + episodes)  # episodes that did not select the units
+    new = range(10_000, 10_000 + episodes)  # these episodes were not used to select the units
     swept = rollout_sweep(points, envs["random"], new, patches, controls=random, max_steps=STEPS)
     print(swept)
     effect = dict(zip(swept.labels, swept.effect(), strict=True))

@@ -54,10 +54,10 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (["--help"], "List a model's hook points, and inspect patch files written by chanpatch.save()."),
+    (["--help"], "List a model's hook points, and inspect and verify patch files written by chanpatch.save()."),
     (["--help"], "print the contents of a patch file"),
     (["--help"], "chanpatch points my_model:example"),
-    (["points", "--help"], "a tuple (model, *inputs): the module, and example inputs with at least one row."),
+    (["points", "--help"], "a tuple (model, *inputs), in which the inputs are examples with at least one row."),
     (["verify", "--help"], "compare the run with the file's receipt."),
     (["show", "--help"], "No code from the file is executed."),
 ])  # fmt: skip
@@ -138,7 +138,7 @@ def test_verify_compares_a_run_with_the_receipt(folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("my_model", "'my_model' is not module:callable. Example: my_model:example\n"),
+        ("my_model", "'my_model' does not have the form module:callable, such as my_model:example.\n"),
         ("my_modle:example", "No module named 'my_modle'. Run the command in the folder of my_modle.py.\n"),
         ("my_model:exampel", "my_model has no callable 'exampel'. Did you mean 'example'?\n"),
         ("my_model:alone", "my_model:alone must return a tuple (model, *inputs); got Sequential.\n"),

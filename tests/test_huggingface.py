@@ -203,8 +203,8 @@ def test_an_unknown_family_is_an_error_that_shows_two_lines_to_write():
     with pytest.raises(UnsupportedModelError) as caught:
         axes(model)
     assert str(caught.value) == (
-        "The axes of Linear are unknown: its family is None, but must be one of gpt2, gpt_neox, llama, mistral, qwen2, "
-        "gemma, gemma2, qwen3, gemma3_text, bert, t5, whisper, vit. Name the axes yourself:\n"
+        "The axes of Linear are unknown: model.config.model_type must be one of gpt2, gpt_neox, llama, mistral, qwen2, "
+        "gemma, gemma2, qwen3, gemma3_text, bert, t5, whisper, vit; got None. Name the axes yourself:\n"
         'heads = chanpatch.view("batch position (head feature)", head=12)\n'
         'points = hook_points(model, inputs, axes={".in[0]": "batch position", "**.o_proj.in[0]": heads})'
     )
@@ -341,13 +341,13 @@ def test_the_two_lengths_of_an_encoder_and_a_decoder_are_free_if_they_are_equal_
         (
             IDS,
             lambda model: {"past_key_values": model(IDS).past_key_values},
-            "the inputs contain a DynamicCache, whose length would not grow. Trace without it.",
+            "the inputs contain a DynamicCache, whose length would not grow. Trace without this cache.",
         ),
         (
             IDS,
             lambda model: {"attention_mask": torch.zeros(3, 1, 5, 5)},
-            "another input has shape (3, 1, 5, 5), so length 5 does not identify one axis. Trace with a length that no "
-            "other axis has, or without this input.",
+            "another input has shape (3, 1, 5, 5), so length 5 does not identify a single axis. Trace with a length "
+            "that no other axis has, or without this input.",
         ),
     ],
 )

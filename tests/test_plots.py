@@ -287,7 +287,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
             lambda: heat_map([[math.nan]], ["a"], ["b"]),
             "None of the 1 effects is finite, so there is nothing to plot.",
         ),
-        (lambda: survival({}), "survival() draws 1 to 6 policies, one line style each; got 0."),
+        (lambda: survival({}), "survival() can draw 1 to 6 policies, each in its own line style; got 0."),
         (lambda: survival({"a": [1.0, math.inf]}), "a[1] is not finite. Remove that input."),
         (
             lambda: contingency(PairedCounts(0, 0, 0, 0)),

@@ -204,10 +204,14 @@ def test_a_saved_patch_of_a_head_is_loaded_with_the_same_view(tmp_path, model, p
         ("batch (head feature)", {}, "the lengths of head and feature are unknown"),
         ("batch (head head)", {"head": 2}, "has two axes named 'head'"),
         ("batch feature", {"head": 2}, "has no axis 'head'"),
-        ("batch (head feature)", {"head": 0}, "head must be a positive length or distinct labels; got 0"),
-        ("batch (part feature)", {"part": (1, 2)}, "part must be a positive length or distinct labels; got (1, 2)"),
-        ("batch (part feature)", {"part": 2.0}, "part must be a positive length or distinct labels; got 2.0"),
-        ("batch (part feature)", {"part": ("q", "q")}, "part must be a positive length or distinct labels"),
+        ("batch (head feature)", {"head": 0}, "head must be a positive length or a list of distinct labels; got 0"),
+        (
+            "batch (part feature)",
+            {"part": (1, 2)},
+            "part must be a positive length or a list of distinct labels; got (1, 2)",
+        ),
+        ("batch (part feature)", {"part": 2.0}, "part must be a positive length or a list of distinct labels; got 2.0"),
+        ("batch (part feature)", {"part": ("q", "q")}, "part must be a positive length or a list of distinct labels"),
     ],
 )
 def test_a_pattern_that_is_not_valid_is_an_error(pattern, lengths, message):
@@ -271,10 +275,10 @@ def test_a_fixed_axis_is_not_free(model, points, x):
     [
         ((3, 3, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
         ((3, 1, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
-        ((3, 5, 8), {"position": 0}, "the batch axis may always have any length"),
-        ((3, 5, 8), {"batch": 1}, "the batch axis may always have any length"),
+        ((3, 5, 8), {"position": 0}, "the batch axis can already have any length"),
+        ((3, 5, 8), {"batch": 1}, "the batch axis can already have any length"),
         ((3, 5, 8), {"position": 5}, "the first input has no axis 5"),
-        ((3, 5, 8), {"feature": 2}, "the model does not run with one more entry along this axis"),
+        ((3, 5, 8), {"feature": 2}, "the model fails with one more entry along this axis"),
     ],
 )
 def test_an_axis_that_cannot_be_free_is_an_error(model, shape, free, message):
@@ -290,8 +294,8 @@ def test_an_input_with_the_length_on_another_axis_is_an_error():
     with pytest.raises(SiteError) as caught:
         hook_points(Masked(), torch.randn(3, 5, 8), torch.ones(3, 5, 5), free={"position": 1})
     assert str(caught.value) == (
-        "free={'position': 1}: another input has shape (3, 5, 5), so length 5 does not identify one axis. Trace with a "
-        "length that no other axis has, or without this input."
+        "free={'position': 1}: another input has shape (3, 5, 5), so length 5 does not identify a single axis. Trace "
+        "with a length that no other axis has, or without this input."
     )
 
 
@@ -323,7 +327,8 @@ def test_recordings_of_several_lengths_are_joined_if_their_regions_have_one_shap
             model(x[:, :length])
     assert str(caught.value) == (
         "Site('qkv') was recorded with shapes (3, 5, 3, 4, 2) and (3, 2, 3, 4, 2), which cannot be joined along the "
-        "batch axis. Record one position, as in position=-1, pass reduce=, or open one recording per length."
+        "batch axis. Record a single position, as in position=-1, reduce the axis with reduce=, or open one recording "
+        "per length."
     )
 
 

@@ -19,7 +19,8 @@ from .registry.points import HookPoints, hook_points
 from .saving.files import contents, verify
 
 _MODEL = """MODEL is module:callable, such as my_model:example. The callable has no parameters and returns a tuple
-(model, *inputs): the module, and example inputs with at least one row. The module may be a file in this folder."""
+(model, *inputs), in which the inputs are examples with at least one row. The Python module may be a file in the current
+folder."""
 
 _EXAMPLES = """examples:
   chanpatch points my_model:example                            list every activation of a model
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="chanpatch",
-        description="List a model's hook points, and inspect patch files written by chanpatch.save().",
+        description="List a model's hook points, and inspect and verify patch files written by chanpatch.save().",
         epilog=_EXAMPLES,
         formatter_class=formatter,
     )
@@ -99,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
-    """Import a callable, and return the hook points of its model and its inputs."""
+    """Import and call a function `module:callable`; return the hook points of the model, and the model's inputs."""
     name, _, attribute = reference.partition(":")
     if not name or not attribute:
-        raise ValueError(f"{reference!r} is not module:callable. Example: my_model:example")
+        raise ValueError(f"{reference!r} does not have the form module:callable, such as my_model:example.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -120,7 +121,7 @@ def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
 
 
 def _doctor() -> str:
-    """Describe the installation."""
+    """Return a text that lists versions, devices and optional packages."""
     cuda = ", ".join(torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count()))
     lines = [
         f"Python {platform.python_version()}, {platform.platform()}",

@@ -180,7 +180,7 @@ class Collector:
             yield recorder.result
 
     def _check_mask(self, inputs: Any) -> None:
-        """Raise an error if `where` is a tensor without one row per input; a single row is for all inputs."""
+        """Raise an error if `where` is a tensor with neither one row per input nor a single row for all inputs."""
         count = input_count(inputs) if isinstance(inputs, (Tensor, tuple, Mapping)) else "an unknown number of"
         for site in self.sites if isinstance(self.where, Tensor) else ():
             check_mask(self.where, site)

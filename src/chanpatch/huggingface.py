@@ -20,13 +20,14 @@ _HEADS = "batch position (head feature)"
 
 
 class _Family(NamedTuple):
-    """Ends of hook-point names by kind of axes; modules that a model does not have are left out.
+    """The hook points of a family of models at which axes are named, listed by the ends of their names.
 
     Attributes:
-        hidden: Hidden states, for each place from which names do not propagate.
-        heads, key_heads: Places whose feature axis is split into query heads, or into key-value heads.
-        weights: Attention weights, returned only with the "eager" implementation of attention.
-        others: Other patterns for `view`, or other names.
+        hidden: Hidden states to which names from other hook points do not propagate.
+        heads: Hook points whose feature axis is split into query heads.
+        key_heads: Hook points whose feature axis is split into key-value heads.
+        weights: Attention weights. The model returns them only with the "eager" implementation of attention.
+        others: Other hook points, each with a pattern for `view` or with axis names.
     """
 
     hidden: Sequence[str]
@@ -82,11 +83,11 @@ _FAMILIES = {
 
 
 def axes(model: nn.Module) -> dict[str, View | str]:
-    """Return axis names and head views for `hook_points(model, *inputs, axes=axes(model))`, by pattern.
+    """Return a dict from patterns to axis names and head views, for `hook_points(model, *inputs, axes=axes(model))`.
 
     Hidden states have the axes `(batch, position, feature)`. Queries, keys, values and the input of each attention
     layer's output projection have an axis `head`; fused projections also have an axis `part` with the labels q, k, v.
-    If your inputs skip a module, such as the embedding with `inputs_embeds`, remove its pattern from the dict.
+    If your inputs skip a module (for example, `inputs_embeds` skips the embedding), remove its pattern from the dict.
 
     Args:
         model: Model with a config, from one of these families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma
@@ -107,8 +108,8 @@ def axes(model: nn.Module) -> dict[str, View | str]:
     kind = getattr(config, "model_type", None)
     if kind not in _FAMILIES:
         raise UnsupportedModelError(
-            f"The axes of {type(model).__name__} are unknown: its family is {kind!r}, but must be one of "
-            f"{', '.join(_FAMILIES)}. Name the axes yourself:\n"
+            f"The axes of {type(model).__name__} are unknown: model.config.model_type must be one of "
+            f"{', '.join(_FAMILIES)}; got {kind!r}. Name the axes yourself:\n"
             f'heads = chanpatch.view("{_HEADS}", head={getattr(config, "num_attention_heads", 12)})\n'
             f'points = hook_points(model, inputs, axes={{".in[0]": "batch position", "**.o_proj.in[0]": heads}})'
         )
@@ -126,7 +127,7 @@ def axes(model: nn.Module) -> dict[str, View | str]:
 
 
 def _head_counts(config: Any) -> list[tuple[str, int, int]]:
-    """Return the numbers of heads and key-value heads, by the start of a pattern."""
+    """Return tuples (start of a pattern, number of heads, number of key-value heads), one per part of the model."""
     heads = config.num_attention_heads
     decoder = getattr(config, "decoder_attention_heads", heads)
     if decoder != heads:
@@ -135,7 +136,7 @@ def _head_counts(config: Any) -> list[tuple[str, int, int]]:
 
 
 def _exists(end: str, modules: Iterable[str]) -> bool:
-    """Return whether a module's name ends like a pattern."""
+    """Return whether the model has a module whose name matches the end of a hook point's name."""
     module = re.sub(r"\.?(in|out)\[.*", "", end).replace("**", "*")
     return not module or any(fnmatch(name, f"*.{module}") for name in modules)
 
@@ -164,9 +165,10 @@ _OWN_NAMES = {
 
 
 def own_name(name: str, known: Iterable[str]) -> str:
-    """For a hook's name in TransformerLens, return the model's name for the same tensor, or an empty string.
+    """Find the hook point that corresponds to a hook in TransformerLens, such as `blocks.1.attn.hook_z`.
 
-    `known` contains names of hook points or of modules.
+    Return the quoted name of the hook point, or an empty string if none corresponds. `known` contains the names of the
+    model's hook points or modules.
     """
     parts = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name)
     assert parts  # any text matches

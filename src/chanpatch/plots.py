@@ -144,7 +144,7 @@ def heat_map(
 ) -> Axes:
     """Draw a matrix of effects with shape `(row, col)` as a heat map; `label` is the label of the color bar.
 
-    Dashes mark negative effects of at least a tenth of the largest absolute effect, so signs are readable without
+    Dashes mark negative effects of at least a tenth of the largest absolute effect, so you can read the signs without
     color. Crosses mark NaN. StatisticsError is raised if the labels do not match the shape, or if no effect is finite.
     """
     effects = np.asarray(values, dtype=np.float64)
@@ -170,7 +170,7 @@ def heat_map(
     if max(len(str(each)) for each in cols) > 2:
         ax.tick_params(axis="x", rotation=90)
     notes = ["dashes: negative"] * bool(negative.any()) + ["crosses: no value"] * bool(missing.any())
-    letters = max(12, int(10 * ax.get_window_extent().height / ax.figure.dpi))  # ten per inch
+    letters = max(12, int(10 * ax.get_window_extent().height / ax.figure.dpi))  # ten letters per inch
     ax.figure.colorbar(shown, ax=ax, label=textwrap.fill(label, letters))
     ax.set_title("\n".join(notes), loc="left", fontsize="medium")
     return ax
@@ -183,7 +183,9 @@ def survival(values: Mapping[str, ArrayLike], ax: Axes | None = None, *, label: 
     policies or more than six, or if a value is not finite.
     """
     if not 0 < len(values) <= len(_LINES):
-        raise StatisticsError(f"survival() draws 1 to {len(_LINES)} policies, one line style each; got {len(values)}.")
+        raise StatisticsError(
+            f"survival() can draw 1 to {len(_LINES)} policies, each in its own line style; got {len(values)}."
+        )
     ax = ax or _new_axes(6, 4)
     for place, ((name, each), (style, color)) in enumerate(zip(values.items(), _LINES, strict=False)):
         found = finite(name, each, ("episode",))

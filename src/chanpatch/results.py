@@ -72,7 +72,7 @@ class Effects(Records):
     """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
 
     A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
-    per row, first the labels.
+    per row; the first of these is the field of labels.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -110,8 +110,9 @@ class Effects(Records):
     def grid(self, rows: int = 0, cols: int = 1) -> Grid:
         """Arrange the effects in a matrix by two parts of each label, such as `(layer, position)`.
 
-        Numbers are sorted; other parts are in order of appearance. Cells without an effect are NaN. StatisticsError is
-        raised if a label does not have these parts, or if two labels have the same two parts.
+        `rows` and `cols` are the indices of the two parts. Parts that are numbers are sorted; others keep their order
+        of appearance. Cells without an effect are NaN. StatisticsError is raised if a label does not have these parts,
+        or if two labels have the same two parts.
         """
         (row_labels, col_labels), differences = self._arranged((rows, cols))
         return Grid(row_labels, col_labels, differences, self.effect_label)
@@ -122,7 +123,7 @@ class Effects(Records):
         return data_array(differences.mean(axis=-1), dict(zip(dims, axes, strict=True)), self.effect_label)
 
     def _arranged(self, parts: Sequence[int]) -> tuple[list[tuple[Any, ...]], NDArray[np.float64]]:
-        """Return the labels along one axis per part, and the effects with shape `(*axes, input)`."""
+        """Return the labels along each axis (one axis per part), and the effects with shape `(*axes, input)`."""
         named, known, values = f"parts {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
         for label in getattr(self, self._by_row[0]):
             if not isinstance(label, tuple) or not all(-len(label) <= part < len(label) for part in parts):
@@ -163,10 +164,11 @@ class Effects(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Grid(Records):
-    """Effects in a matrix, such as layers and positions, or senders and receivers. The table shows the largest first.
+    """A matrix of effects, for example by layer and position. The table shows the largest absolute effects first.
 
     Attributes:
-        rows, cols: Label of each row and of each column.
+        rows: Label of each row.
+        cols: Label of each column.
         differences: Effects with shape `(row, col, input)`, or `(row, col, 1)` if only the means over the inputs are
             known. Cells without an effect are NaN.
         effect_label: Label of the color bar in figures: the kind and unit of the effects, and the number of inputs.
@@ -192,7 +194,10 @@ class Grid(Records):
         return data_array(self.effect(), dict(zip(dims, (self.rows, self.cols), strict=True)), self.effect_label)
 
     def plot(self, ax: Axes | None = None, *, rows: Any = None, cols: Any = None) -> Axes:
-        """Plot the matrix, on new axes if `ax` is None; `rows` and `cols` replace labels, for example with tokens."""
+        """Plot the matrix as a heat map, on new axes if `ax` is None.
+
+        `rows` and `cols` replace the labels in the figure, for example with tokens.
+        """
         shown = (self.rows if rows is None else rows, self.cols if cols is None else cols)
         axes: Axes = imported("chanpatch.plots").heat_map(self.effect(), *shown, ax, label=self.effect_label)
         return axes
@@ -205,7 +210,7 @@ class Grid(Records):
 
 
 def data_array(values: Any, axes: Mapping[str, Sequence[Any]], name: str) -> Any:
-    """Return an `xarray.DataArray` with the given labels along each named axis."""
+    """Create an `xarray.DataArray`; `axes` maps the name of each axis to its labels."""
     index = imported("pandas").Index
     coords = {axis: index(labels, tupleize_cols=False) for axis, labels in axes.items()}
     return imported("xarray").DataArray(values, coords, [*axes], name)

@@ -1,4 +1,4 @@
-"""Views: axes that are split into several named axes, such as a feature axis into heads."""
+"""Views name the axes of a tensor and split some of them, such as a feature axis into heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class View:
     """Axis names for a tensor, in which one axis of the tensor may be split into several named axes.
 
     Attributes:
-        groups: For each axis of the tensor, the names of the axes into which it is split, outermost first.
+        groups: For each axis of the tensor, the names of the axes into which it is split, outermost first. An axis that
+            is not split has one name.
         lengths: Known lengths, as pairs (axis, length). In each group, at most one axis has an unknown length.
         labels: Labels of the positions along some axes, as pairs (axis, labels).
     """
@@ -29,7 +30,7 @@ class View:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Names of all axes."""
+        """Names of all axes after splitting."""
         return tuple(axis for group in self.groups for axis in group)
 
     @property
@@ -38,9 +39,12 @@ class View:
         return any(len(group) > 1 for group in self.groups)
 
     def split_lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the lengths of all axes for a tensor's shape; raise ValueError if the shape does not fit."""
+        """Return the length of each axis after splitting a tensor with the given shape.
+
+        ValueError is raised if the shape does not match this view.
+        """
         if len(shape) != len(self.groups):
-            raise ValueError(f"it has {len(shape)} axes, but the view has {len(self.groups)}: {self}")
+            raise ValueError(f"the tensor has {len(shape)} axes, but the view has {len(self.groups)}: {self}")
         known, found = dict(self.lengths), []
         for length, group in zip(shape, self.groups, strict=True):
             product = math.prod(known.get(axis, 1) for axis in group)
@@ -52,11 +56,11 @@ class View:
         return tuple(found)
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Return a view of the tensor with all axes of this view."""
+        """Return the tensor with its axes split. The result shares the memory of the tensor."""
         return tensor.view(self.split_lengths(tensor.shape)) if self.splits else tensor
 
     def merge(self, tensor: Tensor, _: object = None) -> Tensor:
-        """Return a tensor with the axes of this view as a tensor with the original axes."""
+        """Undo `split`: convert a tensor with split axes back to the original axes."""
         if not self.splits:
             return tensor
         lengths = iter(tensor.shape)
@@ -94,14 +98,15 @@ def view(pattern: str, **lengths: int | Sequence[str]) -> View:
     if twice := [axis for axis in axes if axes.count(axis) > 1]:
         raise SiteError(f"{subject} has two axes named '{twice[0]}'. Give each axis its own name.")
     if unknown := [axis for axis in lengths if axis not in axes]:
-        raise SiteError(f"{subject} has no axis '{unknown[0]}', for which a length was passed.")
+        raise SiteError(f"{subject} has no axis '{unknown[0]}', but a length was passed for '{unknown[0]}'.")
     labels = {axis: tuple(each) for axis, each in lengths.items() if isinstance(each, Sequence)}
     sizes: dict[str, Any] = {axis: len(labels[axis]) if axis in labels else each for axis, each in lengths.items()}
     for axis, size in sizes.items():
         names = labels.get(axis, ())
         is_text = all(isinstance(name, str) for name in names)
         if type(size) is not int or size < 1 or not is_text or len({*names}) != len(names):
-            raise SiteError(f"{subject}: {axis} must be a positive length or distinct labels; got {lengths[axis]!r}.")
+            expected = "a positive length or a list of distinct labels"
+            raise SiteError(f"{subject}: {axis} must be {expected}; got {lengths[axis]!r}.")
     for group in groups:
         if len(missing := [axis for axis in group if axis not in sizes]) > 1:
             raise SiteError(

@@ -470,7 +470,7 @@ def test_a_donor_needs_a_call_to_the_model(policy: Policy) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "patch_in at Site('relu') needs exactly one of source and donor; got none."),
+        ({}, "patch_in at Site('relu') needs exactly one of source and donor; got neither."),
         ({"source": 0.0, "donor": blank}, "patch_in at Site('relu') needs exactly one of source and donor; got both."),
         (
             {"donor": torch.zeros(3, 4)},

@@ -92,7 +92,7 @@ def test_twins_and_sweeps_are_paired_in_make_vec_of_the_default_kind():
 
 REPLACED = (
     "CartPoleVectorEnv accepts only one seed for all rows, so the rollout plays in one copy per row. The policy, a "
-    "patch or the masks use the original, which does not move. Pass gymnasium.make_vec(..., "
+    "patch or the masks use the original, in which no episode is played. Pass gymnasium.make_vec(..., "
     'vectorization_mode="sync") instead.'
 )
 
@@ -142,8 +142,8 @@ def test_frozen_statistics_normalize_observations_and_moving_ones_are_refused():
         with pytest.raises(RolloutError) as caught:
             rollout(policy(), envs, SEEDS, **MODES)
         assert str(caught.value) == (
-            "VecNormalize updates its statistics in every step, so an episode would depend on earlier ones. Freeze the "
-            "statistics with envs.training = False; for unscaled rewards, also set envs.norm_reward = False."
+            "VecNormalize updates its statistics in every step, so an episode would depend on earlier episodes. Freeze "
+            "the statistics with envs.training = False; for unscaled rewards, also set envs.norm_reward = False."
         )
 
 

@@ -93,7 +93,7 @@ def test_an_info_that_is_never_there_and_a_state_of_no_recurrent_policy_are_refu
     with pytest.raises(RolloutError) as caught:
         rollout(act, ENVS["next step"](), SEEDS, max_steps=9, outputs="logits", keep="final_state")
     assert str(caught.value) == (
-        "keep contains 'final_state', but the policy is not recurrent: pass initial_state, or leave out 'final_state'."
+        "keep contains 'final_state', but the policy is not recurrent. Pass initial_state, or omit 'final_state'."
     )
 
 
@@ -177,7 +177,7 @@ def test_activations_from_outside_a_rollout_have_no_steps():
         points.model(torch.zeros(2, 4))
     with pytest.raises(RolloutError) as caught:
         cache.steps("1")
-    assert str(caught.value) == "Site('1') has no episodes and steps, because no rollout recorded a row of it."
+    assert str(caught.value) == "Site('1') has no episodes and steps, because its rows were not recorded in a rollout."
 
 
 # --- Parts
@@ -218,8 +218,8 @@ def test_parts_of_a_sweep_are_joined_to_the_sweep_over_all_seeds():
 def test_parts_that_are_not_parts_of_one_comparison_are_refused():
     one = swept(range(4))
     for other, message in (
-        (swept([7, 3]), "Both parts contain seed 3. Its episodes would use the same random numbers, so they would not "
-            "be independent. Play all episodes with the same seed in one part."),
+        (swept([7, 3]), "Both parts contain seed 3. Episodes with this seed use the same random numbers, so they "
+            "are not independent. Play all episodes with the same seed in one part."),
         (swept([7], sampling_seed=1), "The parts cannot be joined because sampling_seed differs: 0 vs. 1."),
         (swept([7], keep="observations"), "The parts cannot be joined because keep differs: [] vs. ['observations']."),
         (swept([7]).top(2), None),

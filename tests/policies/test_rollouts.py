@@ -869,5 +869,5 @@ def test_policies_without_names_and_seeds_that_are_a_number_are_refused():
     policy = CategoricalPolicy()
     with pytest.raises(TypeError, match="policies must map names to policies"):
         paired_rollouts([policy, policy], cart_poles(2), range(2), max_steps=3)
-    with pytest.raises(RolloutError, match=r"seeds must list one seed per episode, such as range\(100\); got 5"):
+    with pytest.raises(RolloutError, match=r"seeds must contain one seed per episode, such as range\(100\); got 5"):
         rollout(policy, cart_poles(2), 5, max_steps=3)

@@ -273,7 +273,10 @@ def test_matrices_are_saved_and_modules_are_refused(tmp_path, model, points, x, 
         (lambda p: p.site("1").along("channel", Directions(torch.eye(4)), component=4), "component 4 is out of range"),
         (lambda p: Directions(torch.zeros(1, 4)), "linearly independent"),
         (lambda p: Directions(torch.ones(2, 4)), "linearly independent"),
-        (lambda p: Directions(torch.eye(4, requires_grad=True)), "cannot be trained, but it requires a gradient"),
+        (
+            lambda p: Directions(torch.eye(4, requires_grad=True)),
+            "requires a gradient, but Directions cannot train the matrix",
+        ),
         (lambda p: PCA.fit(torch.randn(3, 4), 9), "count must be an integer from 1 to 2"),
     ],
 )

@@ -336,7 +336,7 @@ def test_a_receiver_that_is_written_into_in_place_has_paths_and_no_estimates() -
         edge_attribution(points, clean, corrupted, ["embed"], receivers, metric=first_logit)
     assert str(caught.value) == (
         "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. Use "
-        "path_patch(), choose the module's output, or build the module with inplace=False."
+        "path_patch(), choose the module's output as the receiver, or build the module with inplace=False."
     )
 
 

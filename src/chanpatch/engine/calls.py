@@ -170,7 +170,7 @@ class DisabledSessions(Undoable):
 
 
 class Interrupted(DisabledSessions):
-    """Context for a forward pass of a model in the middle of another one: all sessions on the model are disabled."""
+    """Context for a forward pass inside another forward pass of a model. All sessions on the model are disabled."""
 
     def __init__(self, model: nn.Module) -> None:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]

@@ -254,7 +254,7 @@ _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
 class _Hook:
-    """Hook that a module shares with its copies, which raise an error if they are called while a context is open."""
+    """Hook that a module shares with its copies. The copies raise an error if called while a context is open."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run = station, run

@@ -136,7 +136,7 @@ class undisturbed:
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
 
     def has_drawn(self) -> bool:
-        """Return whether random numbers were drawn since the entry."""
+        """Return whether random numbers have been drawn since the context was entered."""
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
         _, words, *place = np.random.get_state(legacy=True)
         _, before, *start = self._numpy

@@ -23,10 +23,10 @@ def measured(
 ) -> Tensor:
     """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
-    `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name (`passes`, if
-    known). If the
-    metric is not callable, modifies its arguments, or does not return one number per input or a single number, this
-    function raises MetricError with a message that begins with `name`.
+    `baseline` is the unpatched output. If `passes` is True, it is passed to the metric. If `passes` is None, it is
+    passed if the metric has a keyword-only parameter `baseline`. If the metric is not callable, modifies its arguments,
+    or does not return one number per input or a single number, this function raises MetricError with a message that
+    begins with `name`.
     """
     if not callable(metric):
         raise MetricError(

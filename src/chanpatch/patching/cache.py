@@ -31,7 +31,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         batch_axes: Index of the batch axis in each activation; None if the batch axis is unknown.
 
     Attributes:
-        counts: Cache of the number of elements that `where` selected for each value; None without `where`.
+        counts: Cache with the number of elements that `where` selected for each value; None if the recording had no
+            `where`.
     """
 
     _most = None
@@ -43,7 +44,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     ) -> None:
         self._parts = {site: [activation] for site, activation in activations.items()}
         self._axes, self._batch_axes = dict(axes), dict(batch_axes)
-        self._steps: dict[Site, list[Tensor]] = {}  # in a rollout: the episode and the step of each row
+        self._steps: dict[Site, list[Tensor]] = {}  # only in a rollout: the episode and the step of each row
 
     def __getitem__(self, key: Site | str | HookPoint) -> Tensor:
         site = self._site(key)
@@ -67,14 +68,14 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._batch_axes[self._site(key)]
 
     def steps(self, key: Site | str | HookPoint) -> Tensor:
-        """Return the episode and the step of each row recorded in a rollout, int64 with shape `(row, 2)`.
+        """Return the episode and the step in which each row was recorded, as int64 with shape `(row, 2)`.
 
         Raises:
             RolloutError: If the activation was not recorded in a rollout, or has no batch axis.
         """
         site = self._site(key)
         if site not in self._steps or self._batch_axes[site] is None:
-            raise RolloutError(f"{site!r} has no episodes and steps, because no rollout recorded a row of it.")
+            raise RolloutError(f"{site!r} has no episodes and steps, because its rows were not recorded in a rollout.")
         return torch.cat(self._steps[site])
 
     def _site(self, key: Site | str | HookPoint) -> Site:
@@ -103,7 +104,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return [*dict.fromkeys(site.name for site in self)]
 
     def select(self, pattern: str) -> ActivationCache:
-        """Return a cache with the sites that match a pattern, such as `"h.*.mlp"`; see `HookPoints.select`."""
+        """Return a cache with only the sites that match a pattern, such as `"h.*.mlp"`; see `HookPoints.select`."""
         names = self._matching(pattern)
         same = self._like(lambda activation, site: activation)
         same._parts = {site: parts for site, parts in same._parts.items() if site.name in names}
@@ -127,7 +128,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return torch.stack([*self.values()])
 
     def to_xarray(self) -> Any:
-        """Stack all activations in an `xarray.DataArray`, as `stack` does; the first dimension is `site`."""
+        """Stack all activations, as in `stack`, in an `xarray.DataArray` whose first dimension is `site`."""
         stacked, axes = self.stack().detach().cpu(), self._axes[next(iter(self))]
         numbers = stacked.float() if stacked.dtype == torch.bfloat16 else stacked  # NumPy has no bfloat16
         coords = {axis: range(length) for axis, length in zip(axes, stacked.shape[1:], strict=True)}
@@ -196,7 +197,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per element, with the site, the index along each axis, and the value.
 
-        For activations from a rollout, the records contain the `episode` and the `step` in place of the batch axis.
+        For activations from a rollout, records contain the keys `episode` and `step` instead of the batch axis.
         """
         records = []
         for site, activation in self.items():
@@ -252,8 +253,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         if fixed[0] != fixed[-1]:
             raise SiteError(
                 f"{site!r} was recorded with shapes {tuple(parts[0].shape)} and {tuple(activation.shape)}, which "
-                "cannot be joined along the batch axis. Record one position, as in position=-1, pass reduce=, or open "
-                "one recording per length."
+                "cannot be joined along the batch axis. Record a single position, as in position=-1, reduce the axis "
+                "with reduce=, or open one recording per length."
             )
         parts.append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis

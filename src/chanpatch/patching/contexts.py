@@ -207,7 +207,7 @@ class Patching(ContextSession):
     ) -> None:
         super().__init__(points_or_model)
         self.check_nan = check_nan
-        forwards = Counter[tuple[str, Site]]()  # of donors
+        forwards = Counter[tuple[str, Site]]()  # number of donor forward passes
         self.patches = checked_patches(points_or_model, patches)
         if any(isinstance(patch.edit, Donor) for patch in self.patches):
             self.patches = joined(self.patches, forwards)

@@ -1,4 +1,4 @@
-"""Donors: activations from another forward pass of the model, in the middle of the patched forward pass."""
+"""Donors: run the unpatched model on other inputs during a patched forward pass, and patch in its activations."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ InputsOf: TypeAlias = Callable[[Context], Inputs]
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """Edit that sets the activation to the activation in a forward pass of the unpatched model on other inputs.
+    """Edit that replaces an activation with the activation from a forward pass of the unpatched model on other inputs.
 
     Args:
         function: Function that maps the context to the inputs of the forward pass.
-        sites: Other sites to record in the same forward pass.
-        forwards: Number of forward passes, by method and site.
+        sites: Sites of all patches that use the same forward pass; all of these sites are recorded in it.
+        forwards: Counts the forward passes, by method and site.
     """
 
     function: InputsOf
@@ -43,7 +43,7 @@ class Donor:
     forwards: Counter[tuple[str, Site]] = field(default_factory=Counter)
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation in the donor's forward pass, which runs when the first of the sites is reached."""
+        """Return the activation from the donor's forward pass, which runs when the first of the sites is reached."""
         site, moment = context._region[0], context.moment
         recorded = moment.masks.setdefault(("donor", id(self)), {})
         if site not in recorded:
@@ -63,7 +63,7 @@ class Donor:
         return donated
 
     def _arguments(self, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Call the function, and return copies of the positional and keyword arguments that it returns."""
+        """Call the donor function, and return copies of the positional and keyword arguments for the forward pass."""
         model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedModelError(f"The donor at {site!r} cannot run inside torch.vmap or another transform.")
@@ -93,7 +93,7 @@ class Donor:
 
 
 def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tuple[Patch, ...]:
-    """Let patches with the same donor function share their forward passes, and count these in `forwards`."""
+    """Return the patches; patches with the same donor function share forward passes, which `forwards` counts."""
     each = tuple(patches)
     keys = [call_key(patch.edit.function) if isinstance(patch.edit, Donor) else None for patch in each]
     donors: dict[Any, Donor] = {}
@@ -101,12 +101,12 @@ def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tup
         if isinstance(patch.edit, Donor) and key not in donors:
             sites = [other.site for other, same in zip(each, keys, strict=True) if same == key]
             donors[key] = Donor(patch.edit.function, tuple(sites), forwards)
-            forwards.update({("", site): 0 for site in sites})  # an entry for each patch shows the count in the ledger
+            forwards.update({("", site): 0 for site in sites})  # so the ledger shows counts of 0, too
     return tuple(Patch(p.site, donors[key], p.where) if key else p for key, p in zip(keys, each, strict=True))
 
 
 def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
-    """Run the unpatched model without side effects, and return the activation at each site that it reaches."""
+    """Run the unpatched model without side effects, and return the activation at each site that the run reaches."""
     root, _, calls = root_of(moment.model)
     run, found = Session(root, moment.method, calls), dict[Site, Tensor]()
     stops = isinstance(moment.model, HookPoints) and moment.model.steady

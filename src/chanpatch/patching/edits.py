@@ -287,7 +287,10 @@ _QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.qui
 
 
 def _out_of_range(dtype: torch.dtype, number: float) -> str:
-    """Describe the range of a dtype if a number is outside it; floating-point dtypes include infinities and NaN."""
+    """If a number is outside the range of a dtype, describe the range; otherwise, return an empty string.
+
+    Infinities and NaN are inside the range of each floating-point dtype.
+    """
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
@@ -301,7 +304,10 @@ def _out_of_range(dtype: torch.dtype, number: float) -> str:
 def check_mask(
     mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None, *, name: str = "where"
 ) -> None:
-    """Raise EditError unless `name` is a bool tensor that matches the region, which is the traced region by default."""
+    """Raise EditError unless a mask is a bool tensor that matches the region, by default the site's traced region.
+
+    `name` is the argument's name in the error message.
+    """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(

@@ -42,7 +42,7 @@ class Located:
         self._lens = point.lens if isinstance(point, HookPoint) else None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise an error if the tensor does not match the trace or the site."""
+        """Find the site's region in a tensor; raise an error if the tensor does not match the trace or the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
@@ -80,7 +80,7 @@ class Located:
 
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
-            given: Any = context and context.mask_of(mask)  # if `where` is a function, there is always a context
+            given: Any = context and context.mask_of(mask)  # there is always a context if `where` is a function
             mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
@@ -113,7 +113,7 @@ class Firing(Located):
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
-        self._size: tuple[Any, Any] = (None, 0)  # number of rows and elements in the region
+        self._size: tuple[Any, Any] = (None, 0)  # number of rows, and number of elements, in the region
         self._is_constant = False  # whether the new region does not depend on the activation
         self._constant: Tensor | None = None  # the new region from the last firing, if it is constant
         self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
@@ -224,13 +224,13 @@ class Firing(Located):
             )
 
 
-# The results of `locate` for patches at traced hook points, because contexts are often opened with the same patch.
+# Results of `locate` for patches at traced hook points, reused because the same patch is often applied many times.
 _FITS: WeakKeyDictionary[Patch, dict[str, Any]] = WeakKeyDictionary()
 _FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_size", "_is_constant", "_filled")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Return the number of rows and the number of elements in a region; with a mask, count only what the mask selects.
+    """Return the number of rows and the number of elements in a region. With a mask, count only selected ones.
 
     If the batch axis is unknown, the number of rows is None.
     """
@@ -247,7 +247,8 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 class Ledger(Records):
     """Number of firings, rows written and elements written, for each patch and method.
 
-    With donors, also the number of their forward passes. A shared forward pass counts for the first patch reached.
+    If patches have donors, also the number of donor forward passes. A forward pass that several patches share is
+    counted for the patch that is reached first.
     """
 
     _most = None
@@ -285,10 +286,11 @@ class Ledger(Records):
 
 
 def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
-    """Return a tensor with the axes of its hook point.
+    """Return a tensor with the axes of its hook point, after applying the hook point's lens.
 
     Raises:
-        TraceMismatchError: If the tensor differs from the trace in anything but free axes, the batch and the device.
+        TraceMismatchError: If the tensor's dtype, or the length of an axis other than batch and free axes, differs from
+            the trace.
     """
     base = point.lens.base if isinstance(point.lens, Coordinates) else point
     lengths = [None if axis == "batch" else base.length(axis) for axis in base.axes]

@@ -53,8 +53,8 @@ def recording(
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
         where: Elements to reduce; None for all elements. Accepts the same values as `where` in Patch, and needs
-            `reduce`. `cache.counts` contains the number of elements behind each value. A value without any elements is
-            NaN. Integers become float64.
+            `reduce`. `cache.counts` contains the number of elements selected for each value. A value for which no
+            elements are selected is NaN. Integers are converted to float64.
         detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
             record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
         device: Device for the records; None to keep each record on its activation's device.
@@ -124,7 +124,7 @@ def run_with_cache(  # noqa: D417
 class Recorder(ContextSession):
     """Session that records sites. If `double` is True, reductions run in double precision."""
 
-    rows = 0  # number of rows in the forward pass
+    rows = 0  # number of rows in the last forward pass
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Recorder(ContextSession):
         reduce: Reduce | None,
         *,
         where: Mask | None = None,
-        first_row: int | None = None,  # for one batch of many inputs: the index of its first row
+        first_row: int | None = None,  # if the inputs are split into batches: index of the first row in this batch
         double: bool = False,
         before: bool = False,
         detach: bool = True,
@@ -154,7 +154,7 @@ class Recorder(ContextSession):
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
         self.missing: set[Site] = set()
-        self.in_repeated = published.now.repeated  # an edit runs a model
+        self.in_repeated = published.now.repeated  # True if the recorder was opened by an edit
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
@@ -238,7 +238,7 @@ class _Record(Located):
         return rewritten if self._lens is None else self._lens.merge(rewritten, leaf)
 
     def _selected(self, where: Mask, region: Tensor, leaf: Tensor, session: Session) -> Tensor:
-        """Return the mask of the elements to reduce."""
+        """Return a mask, with the shape of the region, of the elements to reduce."""
         moment, first, axis = session.moment(), self._recorder.first_row, self.batch_axis
         if first is not None and axis is not None:
             self._recorder.rows = leaf.shape[axis]
@@ -251,11 +251,11 @@ class _Record(Located):
         return mask.expand(region.shape)
 
     def _steps(self, leaf: Tensor, session: Session) -> Tensor | None:
-        """Return the episode and the step of each row; None if the rows are not those of a rollout."""
+        """Return the episode and the step of each row; None if the rows do not come from a rollout."""
         now, axis = published.now, self.batch_axis
         if now.step is None or now.rows is None or self._kept[1] is None or axis is None:
             return None
-        if len(now.rows) != leaf.shape[axis]:  # an edit runs a model on inputs of its own
+        if len(now.rows) != leaf.shape[axis]:  # an edit is running a model on other inputs
             return None
         rows = Context(session, self.site, axis, leaf, self.positions).rows
         return torch.stack([rows, torch.full_like(rows, now.step)], 1)
@@ -272,7 +272,7 @@ class _Record(Located):
 
 
 _KEPT = ("batch", "channel", "feature", "component")
-_UNSELECTED = {"sum": 0.0, "mean": 0.0, "norm": 0.0, "max": -math.inf, "min": math.inf, "prod": 1.0}  # have no effect
+_UNSELECTED = {"sum": 0.0, "mean": 0.0, "norm": 0.0, "max": -math.inf, "min": math.inf, "prod": 1.0}  # neutral values
 _BUILT_IN: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "norm": torch.linalg.vector_norm}
 _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
@@ -310,9 +310,10 @@ def _expanded(side: str, rest: int) -> list[str]:
 def reduced(
     region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, mask: Tensor | None = None, *, double: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Reduce a region; with a mask of the same shape, reduce the selected elements, and count them for each value.
+    """Return the reduced region and, with a mask of the region's shape, the number of elements behind each value.
 
-    A value without any elements is NaN. SiteError is raised if the reduction does not apply to the region.
+    With a mask, only the selected elements are reduced; a value for which no elements are selected is NaN. SiteError is
+    raised if the reduction does not apply to the region.
     """
     if double or (mask is not None and not (region.is_floating_point() or region.is_complex())):
         if region.is_complex():
@@ -332,7 +333,7 @@ def reduced(
 
     def apply(tensor: Tensor, name: Any) -> Tensor:
         if kept == axes:
-            return tensor.abs() if name == "norm" else tensor  # the sum, mean and maximum of one element are equal
+            return tensor.abs() if name == "norm" else tensor  # one element is its own sum, mean and maximum
         if isinstance(reduce, tuple):
             return einops.reduce(tensor, reduce[0], name)
         over = [number for number, axis in enumerate(axes) if axis not in kept]

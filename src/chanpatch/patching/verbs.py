@@ -46,8 +46,8 @@ def mean_ablate(
         reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
             the whole hook point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
-        reference_where: Elements of the reference to average; None for all elements. Pass a bool tensor with the axes
-            of the reference's region, each with the region's length or length 1.
+        reference_where: Elements of the reference to average; None for all elements. Pass a bool tensor with the same
+            axes as the reference's region. The length of each axis is the region's length or 1.
 
     Raises:
         SiteError: If the site has no trace, `over` is empty, or an axis does not exist.
@@ -150,10 +150,10 @@ def patch_in(
         site, where: Same as in Patch.
         source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
             axis must have the same length as in the patched run, or length 1.
-        donor: Used instead of `source`: function that maps the context to other inputs (a tensor, a tuple of positional
-            arguments or a dict of keyword arguments) with the same rows as `context.inputs`. In each call to the model,
-            the traced method of the unpatched model runs on these inputs, without gradients or side effects, and the
-            activation is patched in. Patches with the same function share that forward pass.
+        donor: Function to use instead of `source`. It maps the context to other inputs (a tensor, a tuple of positional
+            arguments or a dict of keyword arguments), with one row for each row of `context.inputs`. In each call to
+            the model, the traced method of the unpatched model runs on these inputs, without gradients or side effects.
+            The activation from this run is patched in. Patches with the same function share the run.
 
     Raises:
         EditError: If not exactly one of `source` and `donor` is given, or one of them has the wrong type.
@@ -167,7 +167,7 @@ def patch_in(
     """
     if (source is None) == (donor is None):
         raise EditError(
-            f"patch_in at {site!r} needs exactly one of source and donor; got {'both' if donor else 'none'}."
+            f"patch_in at {site!r} needs exactly one of source and donor; got {'both' if donor else 'neither'}."
         )
     if donor is None:
         return Patch(site, Set(source if isinstance(source, Real) else _region(site, source)), where)

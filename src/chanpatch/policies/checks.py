@@ -214,7 +214,7 @@ def refuse_replaced(policy: Any, masks: Any, envs: Any) -> None:
         if any(each is envs.given for each in used):
             raise RolloutError(
                 f"{type(envs.given).__name__} accepts only one seed for all rows, so the rollout plays in one copy per "
-                "row. The policy, a patch or the masks use the original, which does not move. Pass "
+                "row. The policy, a patch or the masks use the original, in which no episode is played. Pass "
                 'gymnasium.make_vec(..., vectorization_mode="sync") instead.'
             )
 

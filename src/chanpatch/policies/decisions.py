@@ -223,7 +223,7 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
 
 
 def _by_part(masks: NDArray[Any], space: Any) -> NDArray[Any]:
-    """Convert masks as sb3-contrib's MaskablePPO expects them for a MultiDiscrete space to `(row, part, choice)`."""
+    """For a MultiDiscrete space, convert masks in the format of sb3-contrib's MaskablePPO to `(row, part, choice)`."""
     counts = getattr(space, "nvec", None)
     if counts is None or counts.ndim != 1 or masks.shape[1:] != (counts.sum(),):
         return masks

@@ -143,7 +143,7 @@ class _Player:
         self._keep_state(wave[self._running], np.ones(len(self._running), np.bool_))
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. If it has fewer episodes than sub-environments, repeat the seeds."""
+        """Reset the environments for a new wave. If the wave has too few episodes, repeat seeds."""
         self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
@@ -184,7 +184,7 @@ class _Player:
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
     def _keep_state(self, plays: NDArray[np.int64], ended: NDArray[np.bool_]) -> None:
-        """Add the recurrent state after the last step of the episodes that ended to the log."""
+        """For episodes that ended, add the recurrent state after the last step to the log."""
         for row in np.flatnonzero(ended):
             self._log.keep_state(plays[row], rows_of(self._state, self._state_axes, torch.tensor([row])))
 
@@ -197,7 +197,7 @@ class _Player:
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # In the first step, patched and unpatched rows have equal observations: leave out some unpatched rows too.
+            # In the first step, patched and unpatched rows have equal observations, so omit some unpatched rows, too.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
@@ -252,7 +252,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Convert observations, which may be in dicts and tuples, to tensors."""
+        """Convert observations, which may be nested in dicts and tuples, to tensors."""
         if is_sb3_policy(self._owner):
             return to_tensors(self._owner, observations)
         if isinstance(observations, Mapping):
@@ -310,7 +310,7 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Return a tree with only the given rows of each tensor. `batch_axes` contains the batch axis of each tensor."""
+    """Select rows from each tensor in nested containers. `batch_axes` contains the batch axis of each tensor."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree

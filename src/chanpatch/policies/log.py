@@ -1,4 +1,4 @@
-"""Options and results of the episodes that a rollout plays."""
+"""Options for the episodes in a rollout, and a log of their results."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Options(NamedTuple):
 
 
 class Log:
-    """The results and random generators for all plays, sorted by repetition and then by episode.
+    """The results of all plays and their random generators, sorted by repetition and then by episode.
 
     A play is one repetition of an episode.
     """
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
-            raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
+            raise RolloutError(f"seeds must contain one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if max(checked, default=0) >= 2**63:
             raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
@@ -66,8 +66,7 @@ class Log:
         self._known_infos: set[str] = set()
         if _STATE in self._kept and options.initial_state is None:
             raise RolloutError(
-                f"keep contains '{_STATE}', but the policy is not recurrent: pass initial_state, or leave out "
-                f"'{_STATE}'."
+                f"keep contains '{_STATE}', but the policy is not recurrent. Pass initial_state, or omit '{_STATE}'."
             )
 
     def add(
@@ -80,7 +79,7 @@ class Log:
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def keep_observations(self, plays: NDArray[np.int64], observations: Any) -> None:
-        """Keep the observations for the given plays, if asked."""
+        """Store the observations for the given plays, if `keep` contains "observations"."""
         if _OBSERVATIONS in self._kept:
             for row, play in enumerate(plays):
                 self._kept[_OBSERVATIONS][play].append(rows_of_observations(observations, row))
@@ -88,7 +87,7 @@ class Log:
     def keep_infos(
         self, plays: NDArray[np.int64], infos: dict[str, Any], rows: NDArray[np.int64], over: NDArray[np.bool_]
     ) -> None:
-        """Keep the asked infos for the given plays. `over` contains which sub-environments finished an episode."""
+        """Store the infos named in `keep` for the given plays. `over` marks sub-environments that ended an episode."""
         final = infos.get("final_info", infos)  # after a reset in the same step, infos describe the next episode
         if self._infos:
             self._known_infos |= {each for each in (*infos, *final) if not each.startswith("_")}
@@ -99,7 +98,7 @@ class Log:
                 self._kept[name][play].append(rows_of_observations(source[name], row) if is_known else None)
 
     def keep_state(self, play: int, state: Any) -> None:
-        """Keep the recurrent state after the last step of a play, if asked."""
+        """Store the recurrent state after the last step of a play, if `keep` contains "final_state"."""
         if _STATE in self._kept:
             self._kept[_STATE][play] = state
 
@@ -129,14 +128,14 @@ class Log:
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Convert pairs (plays, values), one pair per step, to one array of values `(step, ...)` per play."""
+    """Convert pairs (plays, values), one pair per step, to one array of values with shape `(step, ...)` per play."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
 def _stacked(values: list[Any]) -> Any:
-    """Stack one value per step: numbers and arrays of one shape to an array, other values to an array of objects."""
+    """Stack one value per step. Numbers, and arrays with equal shapes, become an array; others an array of objects."""
     first = values[0]
     if isinstance(first, Mapping) and all(isinstance(each, Mapping) and each.keys() == first.keys() for each in values):
         return {name: _stacked([each[name] for each in values]) for name in first}
@@ -155,7 +154,7 @@ def _stacked(values: list[Any]) -> Any:
 
 
 def rows_of_observations(observations: Any, rows: Any) -> Any:
-    """Select the given rows from observations, which may be in dicts and tuples."""
+    """Select the given rows from observations, which may be nested in dicts and tuples."""
     if isinstance(observations, Mapping):
         return {name: rows_of_observations(part, rows) for name, part in observations.items()}
     if isinstance(observations, tuple):

@@ -37,13 +37,13 @@ class Rollout(Records):
         actions: One array of actions, with shape `(step, ...)`, per episode.
         seen: One array of checksums, with shape `(1 + step,)`, per episode: first a checksum of the first observation,
             then a checksum of the reward and the observation at each step.
-        settings: Dict of the arguments `max_steps`, `sampling_seed` and `greedy`, and of `masked`: whether action masks
-            were used.
+        settings: Dict with the arguments `max_steps`, `sampling_seed` and `greedy`, and with `masked`, which is True if
+            action masks were used.
         rewards: One array of rewards, with shape `(step,)`, per episode.
-        kept: One entry per episode for each name in `keep`, by name. The entry for `"observations"` is an array
-            `(step, ...)`, or a dict or tuple of arrays; for `"final_state"`, the recurrent state after the last step,
-            with one row; for an info, an array `(1 + step, ...)` that begins with the info from `reset`, in which
-            missing infos are None.
+        kept: For each name in `keep`, one entry per episode. An entry for `"observations"` is an array with shape
+            `(step, ...)`, or a dict or tuple of arrays. An entry for `"final_state"` is the recurrent state after the
+            last step, with one row. An entry for an info is an array with shape `(1 + step, ...)`. It begins with the
+            info from `reset`, and missing infos are None.
 
     Rollouts with different seeds and equal settings can be joined with `+`.
 
@@ -96,7 +96,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     Raises:
         RolloutError: If two policies have different seeds or settings, or if an episode differs between two policies
-            before their actions differ; or if joined results have different policies or a seed in common.
+            before their actions differ. Also if joined results have different policies or have a seed in common.
     """
 
     rollouts: Mapping[str, Rollout]
@@ -213,7 +213,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return [*interval_notes(self.interval().note), *self.remarks]
 
     def _joined(self, other: Self) -> dict[str, Any]:
-        """Return the fields of the result that joins two parts."""
+        """Return the fields of the joined result, by name."""
         remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
         return {"rollouts": _joined(self.rollouts, other.rollouts), "remarks": remarks}
 
@@ -255,18 +255,18 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _joined(one: Any, other: Any) -> Any:
-    """Join arrays, tuples or rollouts, which may be in dicts with equal keys."""
+    """Join two arrays, tuples or rollouts, or two dicts of these with equal keys."""
     if isinstance(one, Mapping):
         return {name: _joined(each, other[name]) for name, each in one.items()}
     return np.concatenate([one, other]) if isinstance(one, np.ndarray) else one + other
 
 
 def _check_parts(one: Rollout, other: Rollout) -> None:
-    """Raise an error if two rollouts cannot be parts of one rollout."""
+    """Raise an error if two rollouts have a seed in common or have different settings."""
     if shared := {*one.seeds} & {*other.seeds}:
         raise RolloutError(
-            f"Both parts contain seed {min(shared)}. Its episodes would use the same random numbers, so they would not "
-            "be independent. Play all episodes with the same seed in one part."
+            f"Both parts contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
+            "are not independent. Play all episodes with the same seed in one part."
         )
     for name, value in {**one.settings, "keep": [*one.kept]}.items():
         found = {**other.settings, "keep": [*other.kept]}[name]
@@ -307,7 +307,7 @@ ORIGINAL = "original"  # the label of the unpatched policy in a sweep
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweptRollouts(PairedRollouts):
-    """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with each label's patches.
+    """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with the patches of each label.
 
     Attributes:
         rollouts: Rollouts by label, without the controls. The rollout of the unpatched policy comes first.

@@ -71,7 +71,7 @@ def rollout(
             `"values"`, to select the action with the highest value; or `"actions"`, which are used unchanged. If a
             policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
         masks: Function that receives the environments and the infos from the last step, and returns which actions are
-            allowed, as a bool array `(environment, action)`. The function is called before each step. Examples:
+            allowed: a bool array with shape `(environment, action)`. The function is called before each step. Examples:
             `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
         initial_state: For a recurrent policy, a function that returns the initial state for a given number of rows: a
             tensor, or tensors in tuples and dicts, such as

@@ -1,4 +1,4 @@
-"""Run Stable-Baselines3 and sb3-contrib policies as their own `predict` does."""
+"""Run policies from Stable-Baselines3 and sb3-contrib in the same way as their method `predict`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ def is_sb3_policy(policy: object) -> bool:
 
 
 def policy_of(given: Any) -> Any:
-    """Return the policy of a Stable-Baselines3 model, such as PPO; return any other policy unchanged."""
+    """Return the policy of a Stable-Baselines3 algorithm, such as PPO; return any other policy unchanged."""
     return given.policy if _is_a(given, "base_class", "BaseAlgorithm") else given
 
 
 def owner_of(policy: Any) -> Any:
-    """Return the object that a method belongs to; return any other policy unchanged."""
+    """If the policy is a bound method, return the object that the method belongs to; otherwise, return the policy."""
     return getattr(policy, "__self__", policy)
 
 
 def observed_shape(policy: Any, space: Any) -> Any:
-    """Return the shape of a policy's observations, with image channels last if only then it equals `space.shape`."""
+    """Return the shape of a policy's observations.
+
+    If the policy moves image channels to the first axis, and the environment's observations have them last, return
+    `space.shape`.
+    """
     shape = policy.shape
     is_moved = shape is not None and len(shape) == 3 and space.shape == (*shape[1:], shape[0])
     is_image = is_moved and sys.modules["stable_baselines3.common.preprocessing"].is_image_space(policy)
@@ -40,13 +44,13 @@ def observed_shape(policy: Any, space: Any) -> Any:
 
 
 def to_tensors(policy: Any, observations: Any) -> Any:
-    """Convert observations to tensors as `predict` does: image channels move to the first axis."""
-    convert = inspect.unwrap(type(policy).obs_to_tensor)  # a twin would count its own method as a forward pass
+    """Convert observations to tensors as `predict` does, with image channels as the first axis of each row."""
+    convert = inspect.unwrap(type(policy).obs_to_tensor)  # in a twin, obs_to_tensor counts as a forward pass
     return convert(policy, observations)[0]
 
 
 def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
-    """Return the function that returns zero LSTM states, if a policy is from sb3-contrib's RecurrentPPO."""
+    """For a policy from sb3-contrib's RecurrentPPO, return a function `rows -> zero LSTM states`; otherwise None."""
     shape = getattr(owner_of(policy), "lstm_hidden_state_shape", None) if is_sb3_policy(owner_of(policy)) else None
     if shape is None:
         return None
@@ -55,7 +59,10 @@ def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
 
 
 def with_state(policy: Any, observations: Any, state: Any, starts: Tensor) -> Any:
-    """Call a recurrent policy. `starts` are zeros, because the state of a new episode is the initial state already."""
+    """Call a recurrent policy on observations and state.
+
+    `starts` must contain zeros, because the state of a new episode is already the initial state.
+    """
     if not is_sb3_policy(owner_of(policy)):
         return policy(observations, state)
     called: Any = policy.get_distribution if isinstance(policy, nn.Module) else policy

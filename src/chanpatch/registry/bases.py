@@ -12,16 +12,17 @@ from ..errors import SiteError
 
 
 class Directions:
-    """Basis of given directions. The coordinates of an activation are those of its least-squares approximation.
+    """Basis that consists of given directions.
 
-    For orthonormal directions, the coordinates are dot products.
+    The coordinates of an activation are the weights with which the directions approximate the activation best (least
+    squares). If the directions are orthonormal, the coordinates are dot products.
 
     Args:
         matrix: Directions with shape `(component, axis)`; a single direction may have shape `(axis,)`.
 
     Raises:
-        SiteError: If the matrix is not a floating-point matrix of linearly independent, finite directions, or requires
-            a gradient.
+        SiteError: If the matrix is not floating-point, requires a gradient, or contains directions that are not finite
+            or not linearly independent.
 
     Example:
         >>> Directions(torch.tensor([[3.0, 4.0]])).encode(torch.tensor([[6.0, 8.0]]))
@@ -33,35 +34,35 @@ class Directions:
             raise SiteError("Directions expects a floating-point tensor with shape (component, axis).")
         if matrix.requires_grad:
             raise SiteError(
-                "Directions inverts its matrix once, so the matrix cannot be trained, but it requires a gradient. Pass "
-                "matrix.detach(), or a module with the methods encode and decode."
+                "The matrix requires a gradient, but Directions cannot train the matrix, because Directions inverts it "
+                "only once. Pass matrix.detach(), or use a module with the methods encode and decode as the basis."
             )
         self.matrix = _fixed(matrix if matrix.dim() == 2 else matrix[None])
         exact = self.matrix.double()
         if not exact.isfinite().all() or torch.linalg.matrix_rank(exact) < len(exact):
             raise SiteError(
-                f"Directions expects finite, linearly independent directions, but the matrix with shape "
-                f"{tuple(self.matrix.shape)} does not contain {len(exact)} of them. Remove directions that are zero or "
-                "combinations of others."
+                f"Directions expects finite, linearly independent directions, but the {len(exact)} rows of the matrix "
+                f"with shape {tuple(self.matrix.shape)} are not. Remove rows that are zero or are combinations of "
+                "other rows."
             )
         self._inverse = _fixed(torch.linalg.pinv(exact).to(matrix.dtype))
 
     def encode(self, activation: Tensor) -> Tensor:
-        """Return the coordinates: `(..., axis)` to `(..., component)`."""
+        """Convert an activation with shape `(..., axis)` to coordinates with shape `(..., component)`."""
         coordinates: Tensor = activation @ self._inverse
         return coordinates
 
     def decode(self, coordinates: Tensor) -> Tensor:
-        """Return the sum of the directions, weighted by the coordinates: `(..., component)` to `(..., axis)`."""
+        """Return the sum of the directions, weighted by coordinates with shape `(..., component)`."""
         activation: Tensor = coordinates @ self.matrix
         return activation
 
 
 class PCA(Directions):
-    """Basis of principal components; coordinates are relative to the mean activation.
+    """Basis of principal components. Coordinates are relative to the mean activation.
 
     Args:
-        matrix: Orthonormal components with shape `(component, axis)`, by decreasing variance.
+        matrix: Orthonormal components with shape `(component, axis)`, sorted by decreasing variance.
         mean: Mean activation with shape `(axis,)`.
     """
 
@@ -71,15 +72,17 @@ class PCA(Directions):
 
     @classmethod
     def fit(cls, activations: Mapping[Any, Tensor] | Tensor, count: int, *, axis: str | None = None) -> PCA:
-        """Fit the first `count` principal components, with all other axes as samples.
+        """Compute the first `count` principal components along one axis, with the entries of all other axes as samples.
 
         Args:
             activations: Cache with one recorded site, or a tensor.
             count: Number of components.
-            axis: Axis of the cache; None for the last axis of a tensor, or the channel or feature axis of a cache.
+            axis: Name of an axis of the cache. By default, this is the channel or feature axis; for a tensor, the last
+                axis is always used.
 
         Raises:
-            SiteError: If the cache has several sites or no such axis, or there are fewer samples than components.
+            SiteError: If the cache does not have exactly one site, if the axis does not exist, or if there are not more
+                samples than components.
 
         References:
             Jolliffe 2002, "Principal component analysis", section 3.5.
@@ -87,12 +90,12 @@ class PCA(Directions):
         number = -1
         if not isinstance(activations, Tensor):
             if len(activations) != 1:
-                raise SiteError(f"PCA.fit expects a cache with one site, but the cache has {len(activations)}.")
+                raise SiteError(f"PCA.fit expects a cache with one site, but this cache has {len(activations)} sites.")
             ((site, activation),) = activations.items()
             axes = activations.axes(site)  # type: ignore[attr-defined]
             named = [each for each in ("channel", "feature") if each in axes] if axis is None else [axis]
             if len(named) != 1 or named[0] not in axes:
-                raise SiteError(f"PCA.fit: pass one of the axes ({', '.join(axes)}) of {site!r} as axis=.")
+                raise SiteError(f"PCA.fit needs one axis of {site!r}. Pass axis=, one of {', '.join(axes)}.")
             activations, number = activation, axes.index(named[0])
         samples = activations.detach().movedim(number, -1).flatten(0, -2).double()
         if type(count) is not int or not 1 <= count <= min(len(samples) - 1, samples.shape[1]):
@@ -105,15 +108,15 @@ class PCA(Directions):
         return cls(components[:count].to(activations.dtype), mean.to(activations.dtype))
 
     def encode(self, activation: Tensor) -> Tensor:
-        """Return the coordinates relative to the mean: `(..., axis)` to `(..., component)`."""
+        """Convert an activation with shape `(..., axis)` to coordinates relative to the mean: `(..., component)`."""
         return super().encode(activation - self.mean)
 
     def decode(self, coordinates: Tensor) -> Tensor:
-        """Return the activation with the given coordinates: `(..., component)` to `(..., axis)`."""
+        """Convert coordinates with shape `(..., component)` to an activation with shape `(..., axis)`."""
         return super().decode(coordinates) + self.mean
 
 
 def _fixed(tensor: Tensor) -> Tensor:
-    """Return a copy that later changes to the tensor do not affect, and that autograd can use."""
+    """Return a detached copy of a tensor. Autograd can use the copy even if the tensor is an inference tensor."""
     with torch.inference_mode(False):
         return tensor.detach().clone()

@@ -78,7 +78,7 @@ def _is_whole(index: Any) -> bool:
 
 
 def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
-    """Return the selected positions along an axis of a given length; raise ValueError if there are none."""
+    """Return the selected positions along an axis with the given length; raise ValueError if they are not valid."""
     if isinstance(selection, Labels):
         raise ValueError(f"{axis}={shown(selection)} is a label, but {axis} has no labels. Pass an index")
     if isinstance(selection, Flags):

@@ -107,7 +107,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return a hook point's name as the registry spells the name, such as `fc` for `fc.out`."""
+        """Return the canonical spelling of a hook point's name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -187,10 +187,10 @@ def hook_points(
         axes: Axis names by pattern (see `HookPoints.select`), for axes whose names cannot be inferred:
             `{"encoder.*": "batch position feature"}`. Elementwise modules and functions propagate axis names. A
             `chanpatch.view` also splits axes, such as a feature axis into heads.
-        free: Axes whose length may differ in later forward passes, such as `{"position": 1}`: a name, and the index of
-            the axis in the first input. In a third run, this axis has one more entry, a copy of the last one, in every
-            input that has the same length there, so trace inputs with equal lengths if all may vary. All axes that grow
-            with it are free too.
+        free: Axes whose lengths may differ in later forward passes. For example, `{"position": 1}` frees axis 1 of the
+            first input, and names this axis. In a third run, the axis has one more entry, a copy of the last entry, in
+            every input in which it has the same length. All axes that grow in this run are also free. If several inputs
+            have the free axis, trace with inputs of equal length.
         example_keywords: Keyword arguments for the model.
 
     Raises:

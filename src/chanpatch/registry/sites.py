@@ -21,7 +21,7 @@ Axes: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Along:
-    """An axis, and the basis whose coordinates replace the axis; compared by the identity of the basis."""
+    """An axis, and the basis whose coordinates replace this axis. Bases are compared by identity."""
 
     axis: str
     basis: Any = field(compare=False)
@@ -29,7 +29,7 @@ class Along:
 
     @classmethod
     def of(cls, axis: str, basis: Any) -> Along:
-        """Return the axis with its basis."""
+        """Create an Along whose key is the id of the basis."""
         return cls(axis, basis, id(basis))
 
 
@@ -97,16 +97,16 @@ class Site:
         return traced
 
     def indexed(self, **indices: Any) -> Site:
-        """Return a site at the same hook point, and in the same basis, with other indices."""
+        """Return a site with the given indices, at the same hook point and in the same basis."""
         other = self.at(self.point)
         vars(other).update(indices=Site(self.name, **indices).indices)
         return other
 
     def along(self, axis: str, basis: Any, **indices: Index) -> Site:
-        """Return a site whose region contains coordinates in a basis, on the axis `component`, instead of an axis.
+        """Return a site in which one axis is replaced by an axis `component` of coordinates in a basis.
 
-        Edits then change coordinates. The rest of the activation, including the part outside the span of the basis,
-        stays the same up to rounding.
+        An edit at the new site changes coordinates. The rest of the activation, including the part outside the span of
+        the basis, stays the same up to rounding.
 
         Args:
             axis: Axis that the coordinates replace, such as `"channel"`.
@@ -115,8 +115,8 @@ class Site:
             indices: Indices along `component` and the other axes.
 
         Raises:
-            SiteError: If the site has no trace, there is no such axis, the site already has an index along the axis,
-                or the basis does not fit the axis.
+            SiteError: If the site has no trace, if the axis does not exist, if the site already has a basis or an index
+                along the axis, or if the basis does not fit the axis.
 
         Example:
             >>> from chanpatch import hook_points
@@ -128,12 +128,12 @@ class Site:
         if self.point is None:
             raise SiteError(f"{self!r} has no trace. Create the site with hook_points(model, *inputs).site(...).")
         if self.basis is not None or axis in dict(self.indices):
-            raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site without them.")
+            raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site with neither.")
         other = self.indexed(**{**dict(self.indices), **indices}).with_basis(Along.of(axis, basis))
         return normalized(other, self.point)
 
     def with_basis(self, basis: Along) -> Site:
-        """Return the same site with a basis, which is checked when the site is bound to a trace."""
+        """Return the same site with a basis. The basis is checked when the site is bound to a trace."""
         other = self.at(self.point)
         vars(other).update(basis=basis)
         return other
@@ -191,8 +191,8 @@ class HookPoint(Place):
         parameters: Number of parameters in the module, including its submodules.
         aliases: Other names for the same hook point, if the module is shared.
         read_only: Whether the tensor is inside a distribution, and so can be recorded but not patched.
-        lens: Object that splits the tensor's axes or computes coordinates in a basis; None for the tensor itself. All
-            other attributes describe the result.
+        lens: Object that splits the tensor's axes or computes coordinates in a basis; None to use the tensor itself.
+            With a lens, all other attributes describe the split tensor or the coordinates.
     """
 
     axes: Axes
@@ -207,12 +207,12 @@ class HookPoint(Place):
     lens: View | Coordinates | None = field(default=None, repr=False)
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the model as it is seen at this hook point, with split axes or as coordinates."""
+        """Apply the lens to the model's tensor: split the tensor's axes, or compute coordinates in a basis."""
         return tensor if self.lens is None else self.lens.split(tensor)
 
     @property
     def tensor_batch_axis(self) -> int | None:
-        """Index of the batch axis in the model's own tensor; None if unknown or one part of a split axis."""
+        """Index of the batch axis in the model's own tensor; None if this axis is unknown or part of a split axis."""
         if isinstance(self.lens, Coordinates):
             return self.lens.base.tensor_batch_axis
         if self.lens is None or self.batch_axis is None:
@@ -226,7 +226,7 @@ class HookPoint(Place):
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Axes along which channels are unrelated: layers, heads, and other axes split from the channel axis."""
+        """Names of axes along which channels are unrelated: layers, heads, and other parts of a split channel axis."""
         lens = self.lens.base.lens if isinstance(self.lens, Coordinates) else self.lens
         groups = [{*group} for group in lens.groups] if isinstance(lens, View) else []
         split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))
@@ -263,7 +263,7 @@ def normalized(site: Site, point: HookPoint) -> Site:
 
 
 def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...]) -> Selection:
-    """Convert labels to indices; raise SiteError for an unknown label."""
+    """Convert labels to indices; return other selections unchanged. Raise SiteError for an unknown label."""
     if not (isinstance(selection, Labels) and labels):
         return selection
     if unknown := [label for label in selection.values if label not in labels]:
@@ -276,7 +276,7 @@ def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Lens through which one axis of a hook point is seen as coordinates in a basis, on the axis `component`."""
+    """Lens that replaces one axis of a hook point by an axis `component` of coordinates in a basis."""
 
     base: HookPoint
     axis: int
@@ -293,7 +293,7 @@ class Coordinates:
         return found.movedim(-1, self.axis)
 
     def merge(self, new: Tensor, tensor: Tensor) -> Tensor:
-        """Return the tensor with other coordinates; the part of the tensor that the basis does not encode stays."""
+        """Return the tensor with new coordinates. The part that the basis does not encode stays the same."""
         last = self._last(tensor)
         before, after = (self.basis.decode(each) for each in (self.basis.encode(last), new.movedim(self.axis, -1)))
         changed = (last + (after - before)).movedim(-1, self.axis)
@@ -305,13 +305,13 @@ class Coordinates:
 
 
 def coordinates(site: Site, point: HookPoint) -> HookPoint:
-    """Return the hook point of a site with a basis; raise SiteError if the basis does not fit the axis."""
+    """Add the lens of a site's basis to a hook point; raise SiteError if the basis does not fit the axis."""
     assert site.basis is not None
     axis, basis = site.basis.axis, site.basis.basis
     if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
         raise SiteError(
-            f"Hook point '{point.name}' has axes ({', '.join(point.axes)}), so its coordinates along '{axis}' are "
-            f"unknown. Pass an axis of known length.{did_you_mean(axis, point.axes)}"
+            f"Hook point '{point.name}' has axes ({', '.join(point.axes)}), so coordinates along '{axis}' are not "
+            f"defined. Pass an axis of known length.{did_you_mean(axis, point.axes)}"
         )
     missing = [name for name in ("encode", "decode") if not callable(getattr(basis, name, None))]
     if missing:

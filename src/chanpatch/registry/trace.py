@@ -39,7 +39,7 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """The tensors at all hook points in one run, with axis names; names in `views` override inferred names.
+    """The tensors at all hook points in one run, with axis names. Names in `views` override inferred names.
 
     `totals` maps the id of each parameter to the parameter's sum before the run. During the run, these sums are
     compared with the current sums, to detect changed parameters.
@@ -73,7 +73,7 @@ class Trace:
         return {self.name(fired): tuple(fired.tensor.shape) for fired in self.fired}
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point. If `module` is another name for the module, return that alias."""
+        """Return the name of a hook point. If `module` (another name of the module) is given, use that name."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
@@ -217,7 +217,7 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
     """Run the model again with one more row, and map each hook point's name to the batch axis.
 
-    Hook points whose batch axis cannot be identified are left out. Also return the shapes in this run, by name.
+    Hook points whose batch axis cannot be identified are left out. Also return the shapes in this second run, by name.
     """
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
@@ -244,9 +244,10 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tu
 def _free_axes(
     trace: Trace, method: str, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: _Shapes
 ) -> dict[str, dict[int, str]]:
-    """Map hook points' names to their free axes: {index of the axis: name of the free axis that grew with it}.
+    """Find the axes whose lengths grow when the inputs have one more entry along a free axis of the inputs.
 
-    `with_row` contains the shapes in the run with one more row, in which a free axis must not grow.
+    Return a dict that maps each hook point's name to {index of the axis: name of the free axis}. `with_row` contains
+    the shapes in the run with one more row, in which a free axis must not grow.
     """
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for name, axis in free.items():
@@ -255,7 +256,7 @@ def _free_axes(
             shapes = Trace(trace.model).run(method, *grown).shapes()
         except Exception as fault:
             raise SiteError(
-                f"free={{'{name}': {axis}}}: the model does not run with one more entry along this axis: {fault}"
+                f"free={{'{name}': {axis}}}: the model fails with one more entry along this axis: {fault}"
             ) from fault
         for fired in trace.fired:
             point, before = trace.name(fired), tuple(fired.tensor.shape)
@@ -269,7 +270,7 @@ def _free_axes(
 
 
 def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: Any) -> Any:
-    """Return the inputs with one more entry along a free axis, a copy of the last entry."""
+    """Return the inputs with one more entry along a free axis. The new entry is a copy of the last one."""
     grown: Any = (inputs, dict(keywords))
     given = f"free={{'{name}': {axis}}}"
     tensors = [*with_rows(grown)]
@@ -280,7 +281,7 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
     batch = names.index("batch") if "batch" in names else 0
     if axis == batch or name == "batch":
         raise SiteError(
-            f"{given}: the batch axis may always have any length. Pass another axis, such as the positions."
+            f"{given}: the batch axis can already have any length. Pass another axis, such as the position axis."
         )
     if first[axis] in (1, first[batch]):
         raise SiteError(
@@ -289,12 +290,14 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
         )
     caches = [type(each).__name__ for each in (*inputs, *keywords.values()) if hasattr(each, "get_seq_length")]
     if caches:
-        raise SiteError(f"{given}: the inputs contain a {caches[0]}, whose length would not grow. Trace without it.")
+        raise SiteError(
+            f"{given}: the inputs contain a {caches[0]}, whose length would not grow. Trace without this cache."
+        )
     for path, tensor in tensors:
         if tensor is not tensors[0][1] and first[axis] in (*tensor.shape[:axis], *tensor.shape[axis + 1 :]):
             raise SiteError(
                 f"{given}: another input has shape {tuple(tensor.shape)}, so length {first[axis]} does not identify "
-                "one axis. Trace with a length that no other axis has, or without this input."
+                "a single axis. Trace with a length that no other axis has, or without this input."
             )
         if tensor.dim() > axis and tensor.shape[axis] == first[axis]:
             last = tensor.narrow(axis, first[axis] - 1, 1)
@@ -324,7 +327,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
 
 
 def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
-    """Return a hook point; `free` maps the indices of its free axes to names for unnamed axes."""
+    """Create a hook point. `free` maps the index of each free axis to the name to use if the axis has no name."""
     tensor, view = fired.tensor, trace.views.get(fired[:4])
     names = [*(trace.known.names(tensor) if view is None else view.axes)]
     lengths = tensor.shape if view is None else view.split_lengths(tensor.shape)

@@ -1,6 +1,6 @@
 """The file format: a safetensors file with operands and masks as tensors, and everything else as JSON in the metadata.
 
-    metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
+    metadata["chanpatch"] = {"format": 3, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
               "sha256": checksum of the other entries and the tensors}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
@@ -213,14 +213,14 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
 
 def _basis(along: Along | None, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any] | None:
-    """Return a site's basis as JSON data. Only bases that consist of tensors can be saved."""
+    """Return a site's basis as JSON data, or None if the site has no basis. Only Directions and PCA can be saved."""
     if along is None:
         return None
     basis = along.basis
     if type(basis) not in (Directions, PCA):
         raise InterventionError(
-            f"its basis is a {type(basis).__name__}, which is code. A file can only contain Directions or PCA. Save "
-            "the weights of the basis with torch.save, and create the site again after loading them."
+            f"its basis is a {type(basis).__name__}, which is code. A file can contain only Directions or PCA. Save "
+            "the weights of the basis with torch.save, load them later, and create the site again."
         )
     mean = _operand(getattr(basis, "mean", None), "mean", tensors)
     return {"axis": along.axis, "matrix": _operand(basis.matrix, "matrix", tensors), "mean": mean}

@@ -108,12 +108,14 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     """Estimate from gradients the effect along the edge from each sender to each receiver (edge attribution patching).
 
     Each estimate is the change that arrives at the receiver along the direct path, as in `path_patch`, times the
-    metric's gradient at the receiver. The model runs about once per sender, instead of once per edge. Some estimates
-    are verified with exact path patches. Labels are `(sender, receiver)`, and `.grid()` returns the matrix.
+    metric's gradient at the receiver. The model runs about once per sender instead of once per edge. Some estimates
+    are verified with exact path patches. In the result, labels are pairs `(sender, receiver)`, and `.grid()` returns
+    the estimates as a matrix.
 
-    With `steps` above 1, the gradient is averaged along the line from the receiver's clean to its corrupted activation
-    (integrated gradients), with `steps` forward and backward passes per receiver. If the senders' changes add up to the
-    corrupted activation, the estimates add up to the effect of patching in that activation.
+    If `steps` is above 1, the gradient is averaged along the line from the receiver's clean activation to its corrupted
+    activation (integrated gradients). This takes `steps` forward and backward passes per receiver. If the changes from
+    all senders add up to the difference between these two activations, the estimates add up approximately to the effect
+    of patching in the corrupted activation.
 
     Args:
         points_or_model, clean, corrupted, senders, receivers, frozen: Same as in `path_patch` with many senders, except
@@ -134,7 +136,10 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
 def _attributed(
     points: HookPoints, inputs: Any, patches: Any, ends: Any, metric: Any, steps: int, verify: int, seed: int, bar: Any
 ) -> Attribution:
-    """Estimate the effects of patches; average the gradients along the lines to `ends`, a cache, unless it is None."""
+    """Estimate the effects of patches from gradients.
+
+    If `ends` is a cache, average the gradients along the lines from the clean activations to the activations in `ends`.
+    """
     whole("steps", steps, 1, SweepError)
     whole("verify", verify, 0, SweepError)
     entries = entries_of(points, patches, "patches")
@@ -144,7 +149,7 @@ def _attributed(
     if ends is not None and run.shares_memory:
         raise SiteError(
             "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. "
-            "Use path_patch(), choose the module's output, or build the module with inplace=False."
+            "Use path_patch(), choose the module's output as the receiver, or build the module with inplace=False."
         )
     changes = run.changes(chosen, clean)
     at = {name: [row for row, patch in enumerate(chosen) if patch.site.name == name] for name in clean}
@@ -174,7 +179,7 @@ def _attributed(
         labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
     )
     if fault := _poor_estimates(found, run):
-        warnings.warn(fault, RuntimeWarning, stacklevel=4)  # the warning points to the caller, not to the decorator
+        warnings.warn(fault, RuntimeWarning, stacklevel=4)  # so the warning points to the caller, not to the decorator
     return found
 
 
@@ -292,7 +297,7 @@ class _Runs(Forward):
                 after, flags = self.fire([patch], before if point.lens is None else point.lens.merge(before, before))
                 if any(flag for _, flag in flags):
                     raise nan_error(patch)
-                # A change of coordinates in a basis may change the whole activation.
+                # If coordinates in a basis change, the whole activation may change.
                 positions = {} if patch.site.basis else patch.site.positions(point.axes, before.shape)
                 changes.append((positions, read(point.seen(after), positions) - read(before, positions)))
                 if not patch.runs_only_ours:

@@ -1,9 +1,9 @@
 """Fold: run many patches, at one or several hook points, as blocks of rows in one batch.
 
-A block has one row per input. Modules before the earliest patch return the clean run's outputs, repeated for each
-block. The fold is correct only if the model treats rows
-independently. We check each block against the clean run at the block's hook point. The first fold also has a block with
-other activations, and two of its patches are compared with the plain loop.
+Each block has one row per input. Modules that finish before the earliest patch are skipped, and their outputs in the
+clean run are repeated for each block. The fold is correct only if the model treats rows independently. Therefore, each
+block is compared with the clean run before the block is patched. The first fold also contains a block with different
+activations, which must not affect the other blocks, and two of its patches are compared with the plain loop.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
 from .prefix import Call, StrategyError, fresh, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
-_GAIN = 0.9  # largest estimated ratio of the fold's time to the loop's for which the fold is used
-# Seconds per module, torch function, operation and byte, by whether the device is a CPU. The values are fixed, so the
-# choice of a strategy is deterministic.
+_GAIN = 0.9  # the fold is used if its estimated time is less than this fraction of the loop's time
+# Seconds per module, torch function, operation and byte, on a CPU (True) or on another device (False). The values are
+# fixed, so the choice of a strategy is deterministic.
 _SECONDS = {True: (2e-5, 1e-5, 3e-11, 1e-10), False: (2e-5, 1e-5, 5e-14, 1e-12)}
 
 
 class Fold:
-    """Run entries as blocks of rows in one batch."""
+    """Run the patches of many entries in one forward pass, with one block of rows for each entry."""
 
     def __init__(self, forward: Forward, baseline: Any, seen: Mapping[str, Seen], max_bytes: int) -> None:
         self.forward, self.points, self._baseline, self._seen = forward, forward.points, baseline, seen
@@ -54,7 +54,7 @@ class Fold:
 
     @functools.cached_property
     def axes(self) -> dict[tuple[nn.Module, int, Path], int | None]:
-        """Batch axes of the module outputs, by module, index of the call and path."""
+        """Batch axis of each module output, by module, index of the call, and path in the output."""
         outputs = [point for point in self.points.values() if point.side == "out"]
         find = self.points.model.get_submodule
         return {(find(point.module), point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
@@ -67,7 +67,7 @@ class Fold:
         if any(map(is_tensordict, (*args, *kwargs.values()))):
             return "an input is a TensorDict"
         if next(leaves(self._baseline), None) is None:
-            return "no tensors are found in the output"
+            return "no tensors were found in the output"
         if not self.rows:
             return "the batch axis of the inputs is unknown"
         names = dict.fromkeys(patch.site.name for entry in group.entries for patch in entry.patches)
@@ -76,19 +76,20 @@ class Fold:
             if axis is None:
                 return f"the batch axis of '{name}' is unknown"
             if clean is None or clean.shape[axis] != self.rows:
-                return f"the activation at '{name}' is too large, or has other rows than the inputs"
+                return f"the activation at '{name}' is too large, or its number of rows differs from the inputs'"
         if self.forward.prefix.last_read > self._seen[group.point.name].step:
             return f"after '{group.point.name}', the model reads values from tensors"
         custom = [{p.site.name for p in entry.patches if not p.runs_only_ours} for entry in group.entries]
-        if max(map(len, custom)) > 1:  # an edit may pass something to a later one, but entries take turns
+        if max(map(len, custom)) > 1:  # an edit may pass data to a later edit of its own entry
             return "patches at several hook points run custom functions"
         return ""
 
     def chunks(self, groups: Sequence[Group]) -> tuple[list[list[tuple[Entry, Group]]], bool]:
-        """Split the entries into chunks; return the chunks, and whether the fold is probably faster than the loop.
+        """Split the entries into chunks that run in one forward pass each.
 
-        If a later module modifies the tensor at a hook point in place, a chunk has patches at that hook point only. The
-        write would no longer reach the rows of other entries.
+        Return the chunks, and whether the fold is probably faster than the loop. If a later module modifies the tensor
+        at a hook point in place, patches at that hook point have chunks of their own, because the modification would
+        not reach the rows of other entries.
         """
         entries = [(entry, group) for group in groups for entry in group.entries]
         names = [{patch.site.name for patch in entry.patches} for entry, _ in entries]
@@ -120,16 +121,19 @@ class Fold:
         return min(size, max(1, room // max(1, group.bytes_each)))
 
     def _seconds(self, group: Group | None, count: float) -> float:
-        """Estimate the seconds for a forward pass from a group's hook point (None for the whole model)."""
+        """Estimate the seconds for a forward pass on `count` blocks that starts at a group's hook point.
+
+        If `group` is None, the forward pass starts at the inputs.
+        """
         seen = None if group is None else self._seen[group.point.name]
         module, function, operation, byte = _SECONDS[next(iter(self._seen.values())).on_cpu]
         functions, operations, nbytes = self.forward.prefix.work_after(0 if seen is None else seen.step)
         return module * self._modules + function * functions + count * (operation * operations + byte * nbytes)
 
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool) -> Iterator[Any]:
-        """Yield the output for each entry in a chunk.
+        """Run a chunk, and yield the output for each entry.
 
-        If `disturbed`, the first block's rows get other activations, which must not affect the other blocks.
+        If `disturbed`, an extra first block has different activations, which must not affect the other blocks.
         """
         run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
         output = run.output(min(group.skippable for _, group in chunk))
@@ -149,7 +153,7 @@ class Fold:
         if blocks > 1 and path not in self._of_output:
             grown = [axis for axis, pair in enumerate(zip(leaf.shape, wanted, strict=False)) if len({*pair}) > 1]
             if len(grown) != 1 or leaf.dim() != len(wanted):
-                raise StrategyError("a tensor in the output has no rows of its own")
+                raise StrategyError("a tensor in the output has no batch axis")
             self._of_output[path] = grown[0]
         axis = self._of_output[path]
         if leaf.shape != (*wanted[:axis], blocks * wanted[axis], *wanted[axis + 1 :]):
@@ -215,7 +219,7 @@ class _Run:
         point, clean, here = self.forward.points[name], self.fold._seen[name].clean, self._at[name]
         axis: Any = point.tensor_batch_axis
         if name not in self._waiting or clean is None or leaf.shape[axis] != self.blocks * self.fold.rows:
-            raise StrategyError(f"'{name}' has other rows than the inputs, or ran twice")
+            raise StrategyError(f"'{name}' has a different number of rows than the inputs, or ran twice")
         self._waiting.discard(name)
         blocks, new = _blocks(leaf, axis, self.blocks), leaf.clone()
         traced_view(clean, point)  # raises if the shape differs from the trace
@@ -232,7 +236,8 @@ class _Run:
             written.select(axis, 0).copy_(wild * -2 if wild.is_floating_point() else wild)
         self._patched.update(number for number, _ in here)
         if len(here) < len(self._entries) or self._unchanged:
-            # Rows that are not patched here are copies too. A later write would miss tensors that share their memory.
+            # Rows that are not patched here were copied, too. A later in-place write would miss tensors that share
+            # memory with the original rows.
             self._versions += [(leaf, leaf._version), (new, new._version)]
         return new
 
@@ -264,19 +269,19 @@ class _Run:
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """Return a view in which a new axis, before the batch axis, counts the blocks."""
+    """Return a view of the tensor with a new axis for the blocks, which comes before the batch axis."""
     rows = tensor.shape[axis] // count
     return tensor.unfold(axis, rows, rows).movedim(-1, axis + 1)
 
 
 def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
-    """Return the index and the value of a patch that sets a region to a finite number; None for other patches."""
+    """For a patch that sets a region to a finite number, return the region's index and the number; otherwise None."""
     site, value = patch.site, patch.edit.value if type(patch.edit) is Set else None
     if patch.where is not None or not isinstance(value, Real) or not math.isfinite(value):
         return None
     several = [axis for axis, chosen in site.indices if not isinstance(chosen, tuple) or len(chosen) > 1]
     if site.point is None or site.point.lens is not None or len(several) > 1 or "batch" in dict(site.indices):
-        return None  # several index lists would be paired
+        return None  # torch would pair the entries of several index lists
     index: list[slice | list[int]] = [slice(None)] * len(site.point.axes)
     for axis, chosen in site.indices:
         if not isinstance(chosen, tuple):
@@ -286,7 +291,7 @@ def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
 
 
 class _Unread:
-    """Stand-in for an object in the output that may hide tensors, such as a cache; any use raises StrategyError."""
+    """Placeholder for an object in the output that may contain tensors, such as a cache. Using it raises an error."""
 
     def __init__(self, kind: str, reads: list[str]) -> None:
         self._kind, self._reads = kind, reads
@@ -309,14 +314,17 @@ def opaque(tree: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
 
 
 _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapping, torch.dtype, torch.device)
-_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not count in the scale of the rounding error
+_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, are ignored in the scale of the rounding error
 
 
 def close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether `part` equals `wanted` up to rounding error, given the `whole` tensor that contains `part`."""
+    """Return whether `part` equals `wanted` up to rounding error; the tolerance depends on the values in `whole`."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
-    half = wanted.dtype in (torch.float16, torch.bfloat16)  # here, rounding may be as large as a patch's effect
+    half = wanted.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    )  # in half precision, rounding errors may be as large as a patch's effect
     tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose a few digits
     usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
     scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
@@ -324,7 +332,7 @@ def close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
 
 
 def raise_nan(flags: Sequence[tuple[Tensor, Entry, Patch]]) -> None:
-    """Raise NaNError for the first patch that introduced NaN. If no patch did, the device is read only once."""
+    """Raise NaNError for the first patch that introduced NaN. If no patch did, read only one value from the device."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):

@@ -54,10 +54,10 @@ def path_patch(
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
-        sender: Hook point at which the path begins; or many senders, as an iterable or a dict from labels to sites.
+        sender: Hook point at which the path begins. For many senders, an iterable, or a dict that maps labels to sites.
         receivers: Hook points at which the path ends, such as module inputs. With one sender, all receivers are patched
             together, and the path may pass through several of them. With many senders, each receiver has its own
-            column; to patch several receivers together, pass a dict that maps labels to lists of sites.
+            column. To patch several receivers together, pass a dict that maps labels to lists of sites.
         metric: A function of the model's output, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
             outputs of modules that have weights and contain no other module with weights (such as Linear, Conv2d,
@@ -67,9 +67,8 @@ def path_patch(
 
     Returns:
         The metric in the run with the path patched minus the metric in the clean run. With one sender, a tensor with
-        shape `(batch,)`. With many senders, a `Grid` with one row per sender and one column per receiver, and NaN if
-        the receiver does not come after the sender. The clean prefix runs once, and `sweep` patches the receivers. One
-        activation per pair is in memory.
+        shape `(batch,)`. With many senders, a `Grid` with one row per sender and one column per receiver. A cell is NaN
+        if the receiver does not come after the sender. With many senders, memory contains one activation per pair.
 
     Raises:
         HookPointError, SiteError: If a site does not exist, if no receiver comes after a sender, or if the sites frozen
@@ -103,7 +102,7 @@ def path_patch(
 
 
 class Paths:
-    """Direct paths from senders to receivers, by label. Receivers with the same label are patched together."""
+    """The direct paths from all senders to all receivers. Receivers with the same label are patched together."""
 
     def __init__(
         self, points: HookPoints, clean: Inputs, corrupted: Inputs, senders: Places, receivers: Places, frozen: Any
@@ -117,7 +116,7 @@ class Paths:
         self.receivers = named(points, "receivers", receivers)
         self._order = {name: number for number, name in enumerate(points)}
         self._last = {label: max(self._order[end.name] for end in ends) for label, ends in self.receivers.items()}
-        # The activation at a receiver may also change outside the receiver's region.
+        # A path may also change the receiver's activation outside the receiver's region.
         self._ends = {label: [points.site(end.name) for end in ends] for label, ends in self.receivers.items()}
         every = [*itertools.product(self.senders, self.receivers)]
         pairs = [pair for pair in every if not self._too_early(*pair)] or every[:1]
@@ -139,10 +138,10 @@ class Paths:
             self._skips = skips if _alike(fast, self._arrival(last, [label], ()), fast) else {}
 
     def received(self) -> dict[tuple[Any, Any], ActivationCache]:
-        """Return the activations that arrive at the receivers of each path, by pair of labels."""
+        """Return the activations that arrive at the receivers of each path, by (sender label, receiver label)."""
         found, order = dict[tuple[Any, Any], ActivationCache](), self._order
         for sender in self.senders:
-            # Receivers share a run if it freezes the same sites before each. Later sites have no effect on a receiver.
+            # Receivers share a run if the same sites are frozen before each. Later sites do not affect a receiver.
             held = {label: {*each} for (start, label), each in self._held.items() if start == sender}
             every = set().union(*held.values())
             alike = [
@@ -167,11 +166,11 @@ class Paths:
         return found
 
     def patches(self, label: Any, cache: ActivationCache) -> list[Patch]:
-        """Return the patches that write cached activations at the receivers with the given label."""
+        """Return patches that write the cached activations into the receivers with the given label."""
         return [patch_in(site, cache) for site in self.receivers[label]]
 
     def grid(self, metric: Metric) -> Grid:
-        """Patch the receivers of each path, and return the changes in the metric; pairs without a path are NaN."""
+        """Patch the receivers of each path, and return the changes in the metric. Pairs without a path are NaN."""
         received = self.received()
         # Patching in clean activations is not a no-op if a module modifies them in place.
         runs = {(label,): self._cache for _, label in received} | received
@@ -198,12 +197,12 @@ class Paths:
             return self.forward.until(ends)
 
     def _too_early(self, sender: Any, label: Any) -> list[Site]:
-        """Return the receivers that do not come after the sender."""
+        """Return the receivers with the given label that do not come after the sender."""
         first = self._order[self.senders[sender].name]
         return [site for site in self.receivers[label] if self._order[site.name] <= first]
 
     def _between(self, sender: Any, label: Any) -> list[Site]:
-        """Check the receivers, and return the sites to freeze. These lie between the sender and the last receiver."""
+        """Check the receivers, and return the sites to freeze between the sender and the last receiver."""
         points, order, receivers = self.points, self._order, self.receivers[label]
         if before := self._too_early(sender, label):
             raise SiteError(
@@ -219,7 +218,8 @@ class Paths:
             )
         start, ends = points[self.senders[sender].name], [points[site.name] for site in receivers]
         first, last = order[start.name], self._last[label]
-        # Calls that contain the sender began before the sender ran. For an input, this includes its own module's call.
+        # Module calls that contain the sender began before the sender ran. For a module's input, this includes the
+        # call of that module.
         begun = [each for each in points.values() if each.side == "in" and order[each.name] <= first]
         exempt = {(each.module, each.call) for each in begun}
         exempt -= {(start.module, start.call)} if start.side == "out" else set()
@@ -238,7 +238,7 @@ def _alike(one: ActivationCache, other: ActivationCache, sites: Iterable[Site]) 
 
 
 def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ...]]:
-    """Return sites by label; without a dict of labels, sites are labeled by their names."""
+    """Return sites by label. If `sites` is not a dict, each site is labeled by its name."""
     if isinstance(sites, (str, Site, HookPoint)):
         sites = [sites]
     if not (sites := sites if isinstance(sites, Mapping) else [*sites]):

@@ -28,7 +28,7 @@ from .prefix import Prefix, fresh
 
 _LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
 FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
-_OPERATIONS = 10**5  # multiplications that take about as long as calling a module
+_OPERATIONS = 10**5  # number of multiplications that take about as long as calling a module
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -93,7 +93,7 @@ class Forward:
     def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
         """Prepare one forward pass that skips the first `skip` module calls; restore the model on exit.
 
-        If `spread` is given, it maps each skipped call to the call's output.
+        If `spread` is given, it is called with each skipped call and returns the output to use.
         """
         with (
             self.undisturbed as run,
@@ -117,9 +117,9 @@ class Forward:
     def fire(
         self, patches: Sequence[Patch], activation: Tensor, masks: dict[tuple[object, ...], Any] | None = None
     ) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the tensor at their hook point; return the new tensor and the patches' NaN flags.
+        """Apply patches to the tensor at their hook point. Return the new tensor, and pairs (patch, NaN flag).
 
-        `masks` contains the masks from `where` functions, as in Moment.
+        `masks` is the cache of masks from `where` functions, as in Moment.
         """
         args, kwargs = self.inputs
         inputs, flags, masks = (*args, *kwargs.values()), [], {} if masks is None else masks
@@ -133,7 +133,7 @@ class Forward:
         return activation, flags
 
     def is_heavy(self) -> bool:
-        """Estimate from the trace whether arithmetic takes longer than calling the modules, so skipping saves time."""
+        """Estimate whether arithmetic takes longer than calling the modules. If so, skipping modules saves time."""
         operations, outputs = 0, [each for each in self.points.values() if each.side == "out" and each.shape]
         inner = {
             ".".join(parts[:end]) for each in outputs for parts in [each.module.split(".")] for end in range(len(parts))
@@ -187,12 +187,12 @@ class Seen:
 
     def __init__(self, leaf: Tensor, prefix: Prefix, *, keep: bool) -> None:
         self.nbytes, self.on_cpu = leaf.nbytes, leaf.is_cpu
-        self.skippable, self.step = prefix.finished, len(prefix.steps)  # module calls and torch functions before
+        self.skippable, self.step = prefix.finished, len(prefix.steps)  # how many finished before
         self.clean = leaf.detach().clone() if keep and leaf.layout == torch.strided else None
         self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
 
     def settle(self) -> None:
-        """At the end of the run, note whether a later function wrote to the tensor in place, and free the tensor."""
+        """After the run, record whether a later function wrote to the tensor in place, and release the tensor."""
         self.overwritten = self._version < 0 or self._leaf._version != self._version
         del self._leaf
 
@@ -200,9 +200,9 @@ class Seen:
 def clean_run(
     forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
 ) -> tuple[Any, list[Group], dict[str, Seen]]:
-    """Run the model once without patches; return the output, the groups in execution order, and the activations.
+    """Run the model without patches; return the output, the groups in execution order, and the activations by name.
 
-    During the run, the prefix stores module outputs of up to `max_bytes` in total, if `store`.
+    If `store`, module outputs with up to `max_bytes` in total are stored in the prefix during the run.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)
@@ -243,7 +243,7 @@ def clean_run(
 
 
 def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, Seen]) -> Iterator[Group]:
-    """Group entries by the hook point of their first patch."""
+    """Group entries by the hook point of the patch that runs first."""
     order = {name: number for number, name in enumerate(seen)}
     begun: dict[str, list[Entry]] = {name: [] for name in seen}
     for entry in entries:

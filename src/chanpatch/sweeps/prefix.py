@@ -71,8 +71,9 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes, self._draws = 0, False
         self.calls: list[Call] = []  # in the order in which the calls finished
-        self.steps: list[tuple[int, int, float]] = []  # per torch function: calls finished before, bytes, operations
-        self.last_read = 0  # number of torch functions before the last one that turned a tensor into a Python value
+        # For each torch function: number of module calls that finished before it, bytes, and arithmetic operations.
+        self.steps: list[tuple[int, int, float]] = []
+        self.last_read = 0  # number of torch functions before the last one that read a value from a tensor
         self._counts: Counter[nn.Module] = Counter()
         self._spread: Callable[[Call], Any] | None = None
         self._quiet: dict[nn.Module, bool] = {}
@@ -84,14 +85,14 @@ class Prefix:
         return int(self._largest[bisect_left(self._finished, number)])
 
     def work_after(self, step: int) -> tuple[int, float, float]:
-        """Count the torch functions after the first `step` functions, their arithmetic operations, and their bytes."""
+        """Return the number of torch functions after the first `step`, their arithmetic operations, and their bytes."""
         return len(self.steps) - step, float(self._operations[step]), float(self._bytes[step])
 
     @contextmanager
     def remembered(
         self, taps: Collection[str], max_bytes: int, *, draws: bool = False, store: bool = True
     ) -> Iterator[None]:
-        """Note the work of the forward pass that runs inside this context and, if `store`, store its module calls.
+        """Record the work of the forward pass that runs inside this context. If `store`, also store its module calls.
 
         The output of a call is not stored if a tap in `taps` runs during the call, or if all stored outputs together
         would exceed `max_bytes`. `draws` indicates that the forward pass draws random numbers.
@@ -119,7 +120,7 @@ class Prefix:
     def skipped(self, number: int, spread: Callable[[Call], Any] | None = None) -> Iterator[None]:
         """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs.
 
-        If `spread` is given, it maps each skipped call to the output to use.
+        If `spread` is given, it is called with each skipped call and returns the output to use.
         """
         self.finished, self._inside, self._skipped, self._spread = 0, False, number, spread
         for call in self.calls[:number]:
@@ -191,7 +192,7 @@ class Prefix:
 
 
 class _Watch(TorchFunctionMode):
-    """Note the size and the arithmetic of each torch function in the clean run, and the functions that read values."""
+    """Record the size and the arithmetic of each torch function, and the last function that reads values."""
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ class _Watch(TorchFunctionMode):
         output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
         if name == "__get__" or _caller(1).startswith(_OURS):
             return output
-        if _reads(name, args) and not _caller(1).startswith("torch.distributions"):  # which only checks arguments
+        if _reads(name, args) and not _caller(1).startswith("torch.distributions"):  # these reads only check arguments
             prefix.last_read = len(prefix.steps)
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         given = {storage(tensor) for tensor in tensors}
@@ -211,7 +212,7 @@ class _Watch(TorchFunctionMode):
         sizes = [tensor.nbytes for tensor in returned if storage(tensor) not in given]
         size = max([*sizes, _scores(name, args, kwargs or {})])
         count = 0.0
-        if _MULTIPLIES.search(name) and isinstance(output, Tensor):  # exact for matrices (m, k) and (k, n)
+        if _MULTIPLIES.search(name) and isinstance(output, Tensor):  # exact for matrices with shapes (m, k) and (k, n)
             count = 2 * math.sqrt(math.prod(max(1, each.numel()) for each in (*tensors[:2], output)))
             count *= math.sqrt(math.prod(tensors[1].shape[2:])) if "conv" in name else 1.0
         prefix.steps.append((prefix.finished, size, count))

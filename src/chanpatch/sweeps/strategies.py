@@ -1,8 +1,8 @@
 """Choose and run a strategy: `fold`, `torch.vmap` over many patches, a loop that skips the prefix, or the plain loop.
 
-A fast strategy is used only if it gives the same numbers as the plain loop. `fold` runs the whole sweep; the others run
-one group of patches at a time, if `fold` is not possible. The generator for a
-fast strategy does not keep a context open between two outputs, because the plain loop may run in between.
+A fast strategy is used only if it gives the same numbers as the plain loop. `fold` can run the whole sweep. If `fold`
+is not possible, the other strategies run one group of patches at a time. The generator for a fast strategy does not
+keep a context open between two outputs, because the plain loop may run in between.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Execution:
         return reasons
 
     def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[Entry]:
-        """Draw one entry in the first chunk and one in the last chunk."""
+        """Draw one entry from the first chunk and one from the last chunk, to be compared with the plain loop."""
         random = np.random.default_rng(0)
         first, last = (chunk[random.integers(len(chunk))][0] for chunk in (chunks[0], chunks[-1]))
         if first is last and len(chunks[0]) > 1:

@@ -18,7 +18,7 @@ __all__ = ["from_gym3", "from_pettingzoo", "vector_env"]
 
 
 def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
-    """Return a vector environment that plays in the given environments and accepts one seed per sub-environment.
+    """Convert environments to a vector environment that accepts one seed per sub-environment.
 
     Raises:
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
@@ -52,7 +52,7 @@ def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
     )
 
 
-_ADVICE = {  # by the library that defines the environments
+_ADVICE = {  # advice for unsupported environments, by the library that defines them
     "pettingzoo": ' Select one agent: chanpatch.policies.from_pettingzoo(environment, "player_0", others).',
     "gym": " Convert the environment to gymnasium, for example with shimmy.GymV26CompatibilityV0.",
 }
@@ -61,12 +61,13 @@ _ADVICE = {  # by the library that defines the environments
 def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any, Any, Any]:
     """Convert a procgen environment with gym3's interface to a vector environment, for `rollout`.
 
-    A rollout also accepts the procgen environment itself; then each seed is a level number (`start_level`). Episodes
-    never end by truncation, because gym3 does not distinguish it from termination.
+    A rollout also accepts the procgen environment itself. In that case, each seed is a level number (`start_level`). An
+    episode that ends is always reported as terminated, because gym3 does not distinguish truncation from termination.
 
     Args:
         envs: `procgen.ProcgenGym3Env`, possibly in gym3 wrappers.
-        states: States from `get_state()`. If given, each seed is the index of the state that the episode starts from.
+        states: States from `get_state()`. If given, each seed is an index in this list, and the episode starts from
+            that state.
 
     Raises:
         RolloutError: If the environment cannot load levels or states, or if a seed is not the index of a state.
@@ -82,7 +83,7 @@ def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any
 def from_pettingzoo(
     environment: Any, agent: str, others: Callable[[str, Any, Generator], Any]
 ) -> gymnasium.Env[Any, Any]:
-    """Convert a PettingZoo environment to a gymnasium environment for one agent; the other agents act by a function.
+    """Convert a PettingZoo environment to a gymnasium environment for one agent. A function acts for the others.
 
     The infos contain the `action_mask` from the observation, if there is one. For several sub-environments, pass
     `SyncVectorEnv([lambda: from_pettingzoo(make_environment(), agent, others)] * 8)` to the rollout.
@@ -90,11 +91,11 @@ def from_pettingzoo(
     Args:
         environment: AEC or parallel environment.
         agent: Name of the agent that the policy controls.
-        others: Function that receives another agent's name, the agent's observation and a random generator seeded by
-            the episode's seed, and returns the agent's action.
+        others: Function that returns another agent's action. It receives that agent's name, that agent's observation,
+            and a random generator that is seeded with the episode's seed.
 
     Raises:
-        RolloutError: On reset, if the environment has no agent of the given name.
+        RolloutError: On reset, if the environment does not have an agent with the given name.
     """
     from .one_agent import OneAgent
 

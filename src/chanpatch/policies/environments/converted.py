@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 
 class Converted(VectorEnv[Any, Any, Any]):
-    """A vector environment that plays in the environments in `given`, which the user closes."""
+    """Vector environment that wraps the environments in `given`. The user closes these environments."""
 
     plays_in_copies = False
 

@@ -1,4 +1,4 @@
-"""Vector environments that accept only one seed for all rows."""
+"""Give each row its own seed in vector environments that accept only one seed for all rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .converted import Converted
 
 
 def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """Return the environments, or a OneByOne if `gymnasium.make_vec` created them by a `vector_entry_point`."""
+    """Return the environments, in a OneByOne if `make_vec` created them such that they accept only one seed."""
     mode = getattr(envs.spec, "kwargs", {}).get("vectorization_mode")
     if mode != "vector_entry_point" or envs.unwrapped is not envs:
         return envs
@@ -27,7 +27,7 @@ def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
 
 
 class OneByOne(Converted):
-    """Copies of a vector environment with one row each, so that each row has a seed of its own."""
+    """Vector environment that consists of one-row copies of another one, so each row can have its own seed."""
 
     plays_in_copies = True
 
@@ -68,5 +68,7 @@ class OneByOne(Converted):
 
 
 def _first_row(infos: Mapping[str, Any]) -> dict[str, Any]:
-    parts = {name: part for name, part in infos.items() if not name.startswith("_")}  # "_name" flags the rows
+    parts = {
+        name: part for name, part in infos.items() if not name.startswith("_")
+    }  # "_name" is a mask of the rows that have "name"
     return {name: _first_row(part) if isinstance(part, Mapping) else part[0] for name, part in parts.items()}

@@ -16,7 +16,10 @@ from .converted import Converted
 
 
 class FromGym3(Converted):
-    """procgen environments that start on given levels; the observation after an episode shows the next level."""
+    """procgen environments that start on given levels.
+
+    The observation that a sub-environment returns at the end of an episode already shows the next level.
+    """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
@@ -50,7 +53,7 @@ class FromGym3(Converted):
         )
 
     def _level(self, seed: int) -> bytes:
-        """Return the state in which the episode with the given seed starts."""
+        """Return the state that the episode with the given seed starts from."""
         if self._states is not None:
             if seed >= len(self._states):
                 raise RolloutError(f"Seed {seed} is not the index of a state; there are {len(self._states)} states.")

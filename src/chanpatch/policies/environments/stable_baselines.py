@@ -13,7 +13,7 @@ from .converted import Converted
 
 
 class FromStableBaselines(Converted):
-    """Environments in a VecEnv, which resets a finished sub-environment in the same step."""
+    """The environments in a VecEnv, which resets a sub-environment in the step that ends the episode."""
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
@@ -22,8 +22,8 @@ class FromStableBaselines(Converted):
         while layer is not layer.unwrapped:
             if isinstance(layer, VecNormalize) and layer.training:
                 raise RolloutError(
-                    "VecNormalize updates its statistics in every step, so an episode would depend on earlier ones. "
-                    "Freeze the statistics with envs.training = False; for unscaled rewards, also set "
+                    "VecNormalize updates its statistics in every step, so an episode would depend on earlier "
+                    "episodes. Freeze the statistics with envs.training = False; for unscaled rewards, also set "
                     "envs.norm_reward = False."
                 )
             layer = layer.venv  # type: ignore[attr-defined]
@@ -31,7 +31,9 @@ class FromStableBaselines(Converted):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset each sub-environment with the sub-environment's own seed."""
-        self.given.unwrapped._seeds = [None] * self.num_envs if seed is None else [*seed]  # seed() takes one number
+        self.given.unwrapped._seeds = (
+            [None] * self.num_envs if seed is None else [*seed]
+        )  # VecEnv.seed() accepts only one number
         return self.given.reset(), self.joined(self.given.reset_infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
