@@ -219,7 +219,7 @@ def test_parts_that_are_not_parts_of_one_comparison_are_refused():
     one = swept(range(4))
     for other, message in (
         (swept([7, 3]), "Both parts contain seed 3. Episodes with this seed use the same random numbers, so they "
-            "are not independent. Play all episodes with the same seed in one part."),
+            "are not independent. Put episodes that share a seed into the same part."),
         (swept([7], sampling_seed=1), "The parts cannot be joined because sampling_seed differs: 0 vs. 1."),
         (swept([7], keep="observations"), "The parts cannot be joined because keep differs: [] vs. ['observations']."),
         (swept([7]).top(2), None),

@@ -266,7 +266,7 @@ def _check_parts(one: Rollout, other: Rollout) -> None:
     if shared := {*one.seeds} & {*other.seeds}:
         raise RolloutError(
             f"Both parts contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
-            "are not independent. Play all episodes with the same seed in one part."
+            "are not independent. Put episodes that share a seed into the same part."
         )
     for name, value in {**one.settings, "keep": [*one.kept]}.items():
         found = {**other.settings, "keep": [*other.kept]}[name]
