@@ -6,6 +6,7 @@ python tests/agents.py    write docs/agents_table.md
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ from tensordict import TensorDict  # noqa: F401  # in CASES
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import AffineTransform, Categorical, Normal, TanhTransform, TransformedDistribution
-from torchrl.modules import ProbabilisticActor
 
 from chanpatch import rollout
 from chanpatch.policies import Rollout, action_distribution
@@ -143,6 +143,9 @@ def squashed(actor: Any, x: Any) -> Any:
 
 
 def probabilistic_actor(env: Any) -> Any:
+    with warnings.catch_warnings():  # TorchRL imports gym and procgen if they are installed
+        warnings.simplefilter("ignore")
+        from torchrl.modules import ProbabilisticActor
     body = TensorDictModule(mlp(env.observation_space.shape[0], env.action_space.n, 1.0), ["observation"], ["logits"])
     return ProbabilisticActor(body, ["logits"], distribution_class=Categorical)
 
