@@ -76,7 +76,7 @@ class Fold:
             if axis is None:
                 return f"the batch axis of '{name}' is unknown"
             if clean is None or clean.shape[axis] != self.rows:
-                return f"the activation at '{name}' is too large, or its number of rows differs from the inputs'"
+                return f"the activation at '{name}' is too large, or has a different number of rows than the inputs"
         if self.forward.prefix.last_read > self._seen[group.point.name].step:
             return f"after '{group.point.name}', the model reads values from tensors"
         custom = [{p.site.name for p in entry.patches if not p.runs_only_ours} for entry in group.entries]
