@@ -214,7 +214,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no index": (
         errors.SiteError,
         lambda: Site("conv1", channel=1.5),
-        "Site('conv1', channel=1.5): an index must be an int, a slice, a sequence of ints or a boolean mask.",
+        "Site('conv1', channel=1.5): an index must be an int, a slice, a label, a sequence, or a boolean mask.",
     ),
     "an axis without a known length": (
         errors.SiteError,

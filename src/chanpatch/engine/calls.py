@@ -5,12 +5,23 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from .hooks import STAGES, RunEagerly, Station, Undoable, drop, keys_of
+
+
+@contextmanager
+def left_twice(context: Undoable) -> Iterator[None]:
+    """Enter a context, and leave the context twice, in case an interrupt arrives when the first exit begins."""
+    try:
+        with context:
+            yield
+    finally:
+        context.__exit__()
 
 
 class Observed(Undoable):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from ..engine.calls import Interrupted, Observed
+from ..engine.calls import Interrupted, Observed, left_twice
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.moments import Moment
 from ..engine.sessions import Attached, Session, StopForward
@@ -76,7 +76,7 @@ class Donor:
                 "which chanpatch then runs the model."
             )
 
-        with Observed([model_of(model)], on_inputs=refuse):
+        with left_twice(Observed([model_of(model)], on_inputs=refuse)):
             inputs: Any = self.function(context)
         if isinstance(inputs, ActivationCache):
             got = "an ActivationCache. To patch in recorded activations, use patch_in(site, cache)"
@@ -122,7 +122,7 @@ def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[
     for site in sites:
         point = resolve(run.modules, site)
         run.listen(point, "before", partial(record, Located(site, point, run.modules.get(point.module))))
-    with Interrupted(root), undisturbed(root), Attached(run), suppress(StopForward):
+    with left_twice(Interrupted(root)), undisturbed(root), left_twice(Attached(run)), suppress(StopForward):
         getattr(root, moment.method)(*args, **kwargs)
     run.let_go()
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 
-from ..engine.calls import DisabledSessions, Observed
+from ..engine.calls import DisabledSessions, Observed, left_twice
 from ..engine.hooks import eager, is_compiling
 from ..engine.moments import RootCall
 from ..errors import UnsupportedModelError
@@ -198,7 +198,7 @@ class _TwinState(Patching):
         """
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
-        with Observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
+        with left_twice(Observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name))):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:

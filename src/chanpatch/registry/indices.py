@@ -69,7 +69,7 @@ def selection_of(name: str, axis: str, index: Any) -> Selection:
         if all(isinstance(value, str) for value in values):
             return Labels(tuple(values))
     raise SiteError(
-        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a sequence of ints or a boolean mask."
+        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a label, a sequence, or a boolean mask."
     )
 
 

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import Interrupted
+from ..engine.calls import Interrupted, left_twice
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
@@ -243,7 +243,7 @@ def names_by_trace(
     """
     if model not in _names:
         found = {}
-        with suppress(Exception), Interrupted(model):
+        with suppress(Exception), left_twice(Interrupted(model)):
             points = hook_points(model, *args, method=method, **kwargs).values()
             found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
         _names[model] = found

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import Observed
+from ..engine.calls import Observed, left_twice
 from ..engine.inputs import copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace, with_rows
 from ..engine.state import undisturbed
@@ -64,7 +64,8 @@ class Trace:
             self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
             for fired in self.inputs:
                 self._rename(fired)
-            with self.known, Observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap):
+            observing = Observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap)
+            with self.known, left_twice(observing):
                 getattr(self.model, method)(*args, **kwargs)
         return self
 
