@@ -74,7 +74,7 @@ def _has_one_reference(patch: Patch) -> bool:
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where` function."""
+    """Raise EditError if patches under different labels share a stateful edit or a stateful `where` function."""
     known: dict[int, Any] = {}
     for label, patches in named:
         edits = [patch.edit.function if isinstance(patch.edit, Donor) else patch.edit for patch in patches]

@@ -249,7 +249,8 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
     """Draw one channel's activation map over the observation, stretched to the same size.
 
-    Contours enclose activations above half of the largest absolute value: solid if positive, dashed if negative.
+    Contours enclose activations whose absolute value is more than half of the largest absolute value. Contours around
+    positive activations are solid, and those around negative activations are dashed.
 
     Args:
         observation: Tensor with shape `(channel, row, col)` and one or three channels; floats from 0 to 1, or uint8.

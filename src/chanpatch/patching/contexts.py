@@ -186,7 +186,7 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise EditError if two patches have the same stateful callable as their edit."""
+    """Raise EditError if two patches share a stateful edit."""
     known: dict[object, Patch] = {}
     for patch in patches:
         if state_of(patch.edit) is None:

@@ -44,7 +44,7 @@ def observed_shape(policy: Any, space: Any) -> Any:
 
 
 def to_tensors(policy: Any, observations: Any) -> Any:
-    """Convert observations to tensors as `predict` does, with image channels as the first axis of each row."""
+    """Convert observations to tensors as `predict` does, with the channels of images before their rows and columns."""
     convert = inspect.unwrap(type(policy).obs_to_tensor)  # in a twin, obs_to_tensor counts as a forward pass
     return convert(policy, observations)[0]
 

@@ -53,7 +53,7 @@ class ProbeScores(Records):
 
 @dataclass(frozen=True, eq=False)
 class LogisticProbe:
-    """A logistic regression on all channels. Score the probe on shifted inputs to measure how well it transfers.
+    """A logistic regression on all channels. To measure transfer, score it on inputs from another distribution.
 
     To cross-validate on a single data set, use `chanpatch.probes.linear_probe`.
 
