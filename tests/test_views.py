@@ -134,6 +134,14 @@ def test_donors_and_means_have_the_split_axes(model, points, x):
 
 
 @torch.no_grad()
+def test_a_vector_has_the_split_axes(model, points, x):
+    vector = torch.tensor([1.0, -2.0])
+    with patched(points, steer(points.site("qkv", part="k", head=2), vector.view(1, 1, 1, 1, 2), 0.5)):
+        found = model(x)
+    assert torch.equal(found, by_hand(model, x, lambda split: split[:, :, 1, 2].add_(0.5 * vector)))
+
+
+@torch.no_grad()
 def test_a_where_has_the_split_axes(model, points, x):
     def where(context: Context) -> Tensor:
         return (context.inputs[0].sum(-1) > 0)[:, :, None, None, None]

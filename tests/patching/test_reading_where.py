@@ -199,7 +199,7 @@ def test_a_mean_ablation_averages_the_selected_elements_of_its_reference(text: T
         text.model(**PADDED)
     written = after[text.name][:, :, [1, 3]]
     assert torch.equal(written[REAL], patch.edit.value.expand_as(written)[REAL])
-    assert torch.equal(written[~REAL], cache[text.name][:, :, [1, 3]][~REAL])  # `where` decides what is written
+    assert torch.equal(written[~REAL], cache[text.name][:, :, [1, 3]][~REAL])  # `where` selects the elements to write
     assert ledger.to_records()[0]["elements"] == 2 * sum(LENGTHS)
 
 

@@ -34,6 +34,18 @@ from chanpatch.policies import rollout_sweep
 SEEDS = [4, 9, 1]
 
 
+@pytest.mark.parametrize("batch_size", [[], [3]], ids=["unbatched", "batched"])
+def test_an_actor_of_torchrl_is_patched_whether_its_trace_is_batched_or_not(batch_size):
+    actor = agents.probabilistic_actor(agents.Walking(spaces.Discrete(4)))
+    given = TensorDict({"observation": torch.ones(*batch_size, 3)}, batch_size)
+    points = hook_points(actor, given)
+    twin = PatchedPolicy(points, zero_ablate(points.site("module.0.module.0", feature=1)))
+    layers = actor.module[0].module
+    hidden = layers[0](given["observation"])
+    hidden[..., 1] = 0
+    torch.testing.assert_close(twin(given.clone())["logits"], layers[1:](hidden))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.agent}, {case.environment}")
 def test_every_action_is_the_one_that_the_agents_own_code_takes(case: Case) -> None:
     same, count = case.compared()

@@ -12,6 +12,7 @@ from chanpatch import (
     channel_sums,
     contrast,
     hook_points,
+    label_channels,
     load,
     mean_ablate,
     patch_in,
@@ -154,6 +155,9 @@ def test_verbs_sums_sweeps_and_contrasts_work_on_components(model, points, x, ma
     _, cache = run_with_cache(points, x, sites=site)
     sums = channel_sums(points, x, site)
     np.testing.assert_allclose(sums, cache[site].sum(dim=(2, 3)).double().numpy(), rtol=1e-5, atol=1e-5)
+    many = channel_sums(points, x.repeat(20, 1, 1, 1), site)
+    above = (many[:, 1] > np.median(many[:, 1])).astype(int)
+    assert label_channels(many, above, names=("LOW", "HIGH"))[1].label == "HIGH"
     with patched(points, mean_ablate(site, cache)), recording(points, site) as means:
         model(x)
     torch.testing.assert_close(means[site], cache[site].mean(0, keepdim=True).expand_as(cache[site]))

@@ -89,7 +89,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the action distribution that an output contains or defines by logits. If there is none, raise an error."""
+    """Return the action distribution that an output contains or defines by logits; otherwise, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -116,7 +116,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return an output's normalized logits, with shape `(..., action)`. If there are none, raise DistributionError."""
+    """Return an output's normalized logits, with shape `(..., action)`; otherwise, raise DistributionError."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
