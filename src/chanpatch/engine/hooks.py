@@ -44,7 +44,7 @@ class Station:
         self.listeners: list[Any] = []  # empty, like `scopes`, while no session is attached
         self.scopes: list[Any] = []  # sessions for which a call to this module may be a root call
         self.module_id = id(module)
-        self._module = weakref.ref(module)
+        self._module = weakref.ref(module, functools.partial(_idle.pop, id(module)))
         self._on_inputs: list[Any] = []
         self._on_output: list[Any] = []  # listeners that run before any other forward hook on the module
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
@@ -61,7 +61,7 @@ class Station:
     @staticmethod
     def of(module: nn.Module) -> Station | None:
         """Return the module's station if the station's hooks are on the module."""
-        for hook in module._forward_pre_hooks.values():
+        for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
         return None
@@ -69,7 +69,7 @@ class Station:
     @staticmethod
     def on(module: nn.Module) -> Station:
         """Return the module's station; if no session is attached, put the station's hooks on the module."""
-        station = Station.of(module) or _idle.pop(module, None) or Station(module)
+        station = Station.of(module) or _idle.pop(id(module), None) or Station(module)
         if not station.is_open:
             vars(station).pop("inside", None)
             module._forward_pre_hooks_with_kwargs[station._keys[0]] = True
@@ -106,13 +106,12 @@ class Station:
 
     def plan(self) -> None:
         """Rebuild the lists of listeners that the hooks run, sorted by stage, then by the order of attachment."""
-        self._on_inputs, self._on_output, self._at_last = [], [], []
-        for stage in STAGES if self.listeners else ():
-            output = self._at_last if stage == "after" else self._on_output
-            for listener in self.listeners:
-                if listener.stage == stage:
-                    (self._on_inputs if listener.place.side == "in" else output).append(listener)
-        self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
+        self._on_inputs, self._on_output, self._at_last, self._counting = [], [], [], []
+        if self.listeners:
+            self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
+            for listener in sorted(self.listeners, key=lambda each: STAGES.index(each.stage)):
+                output = self._at_last if listener.stage == "after" else self._on_output
+                (self._on_inputs if listener.place.side == "in" else output).append(listener)
 
     def remove(self, session: Any) -> None:
         """Detach a session. If no session remains, also remove the hooks from the module and from its copies."""
@@ -121,14 +120,14 @@ class Station:
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
-        if not self.is_open:
+        if not (self.listeners or self.scopes):
             self._calls, self._just_patched = [], []
             for each in (self._module, *self._copies):
                 if (module := each()) is not None:
                     drop(module, self._keys)
             self._copies.clear()
-            if (module := self._module()) is not None:
-                _idle[module] = self
+            if self._module() is not None:
+                _idle[self.module_id] = self
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Register copies of the module found in a `deepcopy` memo, so that `remove` also removes the copies' hooks."""
@@ -247,8 +246,7 @@ class Station:
             )
 
 
-# Stations without hooks, for later contexts. The hooks refer to all other stations, so a module frees its station.
-_idle: weakref.WeakKeyDictionary[nn.Module, Station] = weakref.WeakKeyDictionary()
+_idle: dict[int, Station] = {}  # stations without hooks, kept for later contexts, by their module's id
 _KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
 _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 

@@ -20,6 +20,7 @@ from .containers import containers
 from .hooks import RunEagerly, Stage, Station, Undoable, refuse_checkpoint
 from .moments import Moment, RootCall, published
 from .paths import Item, Place, get, in_distribution, leaves, nested, read_only, replace
+from .tree import Tree
 
 _CHANGES = threading.RLock()  # held while hooks are added or removed
 
@@ -92,27 +93,26 @@ class Session:
     """
 
     confined = False  # whether only the thread that opened the session may call the model
+    enabled = True
+    had_gradients = False  # whether gradients were enabled when the root call began
+    call = 0  # index of the current module call
+    root_call: RootCall | None = None  # the current root call
+    running: str | None = None  # method of the current root call
+    failure: BaseException | None = None  # error from a listener, raised even if the model catches the error
+    dropped: AbstractContextManager[None] | None = None  # a context that was freed while open
+    has_begun = False  # whether a root call has begun
+    _in_containers = False  # whether any listener's tensor is in a container that a module returns
+    _thread: int | None = None
+    _task: Any = None  # the asyncio task that opened the session
 
-    def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
-        self.root, self.method, self.calls = root, method, calls
-        self.points_or_model: Any = root
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        self.enabled = True
-        self.had_gradients = False  # whether gradients were enabled when the root call began
+    def __init__(self, tree: Tree, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
+        self.tree, self.modules, self.root = tree, tree.modules, tree.modules[""]
+        self.method, self.calls = method, calls
+        self.points_or_model: Any = self.root
         self.disabled_by: set[object] = set()  # open contexts that disable the session
-        self.call = 0  # index of the current module call
         self.listeners: list[Listener] = []
-        self._in_containers = False  # whether any listener's tensor is in a container that a module returns
-        self.root_call: RootCall | None = None  # the current root call
-        self.running: str | None = None  # method of the current root call
-        # Sentence for error messages; empty as soon as a root call has begun.
-        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."
-        self.failure: BaseException | None = None  # error from a listener, raised even if the model catches the error
-        self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while open
-        self._touched: dict[nn.Module, None] = {}
+        self._stations: dict[nn.Module, Station | None] = {}  # by module; None for a module whose hooks are being added
         self._with_inputs: list[Station] = []
-        self._thread: int | None = None
-        self._task: Any = None  # the asyncio task that opened the session
 
     def on_begin(self, call: RootCall) -> None:
         """Prepare for a root call; if this method raises an error, the root call does not begin."""
@@ -152,19 +152,19 @@ class Session:
                 self._in_containers |= place.side == "out" and bool(place.path)
         for module in dict.fromkeys(scopes):
             self._station(module).scopes.append(self)
-        for module in self._touched:
+        for module in self._stations:
             self._station(module).plan()
 
     def detach(self) -> None:
         """Detach all listeners; hooks that other code registered stay in place."""
-        if any(listener.place.side == "tap" for listener in self.listeners):
+        if any([listener.place.side == "tap" for listener in self.listeners]):
             forget_taps(self)
-        while self._touched:
-            module = next(iter(self._touched))
+        while self._stations:
+            module = next(iter(self._stations))
             with _CHANGES:
-                if station := Station.of(module):
+                if station := self._stations[module] or Station.of(module):
                     station.remove(self)
-                self._touched.pop(module, None)
+                self._stations.pop(module, None)
         self._with_inputs.clear()
 
     def let_go(self) -> None:
@@ -172,8 +172,10 @@ class Session:
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
-        self._touched[module] = None  # stored first, so that an interrupt leaves no hook behind
-        return Station.on(module)
+        if (station := self._stations.get(module)) is None:
+            self._stations[module] = None  # stored first, so that an interrupt leaves no hook behind
+            self._stations[module] = station = Station.on(module)
+        return station
 
     @property
     def in_method(self) -> bool:
@@ -268,7 +270,7 @@ class Session:
                 "Use `with`, or keep the context in a variable: context = patched(model, patches); context.__enter__()."
             )
         self.on_begin(call)  # if this raises, no root call has begun
-        self.failure, self.no_call = None, ""
+        self.failure, self.has_begun = None, True
         for station in self._with_inputs:
             station.order()
         self._thread, self.had_gradients = threading.get_ident(), torch.is_grad_enabled()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import traceback
 import types
 from collections import Counter
@@ -16,6 +15,7 @@ from torch import nn
 from ..engine.hooks import Station
 from ..engine.moments import RootCall
 from ..engine.sessions import Attached, Session
+from ..engine.tree import Step
 from ..errors import (
     ChanpatchError,
     DistributionError,
@@ -25,7 +25,7 @@ from ..errors import (
     UnsupportedModelError,
     did_you_mean,
 )
-from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
+from ..registry.points import HookPoints, bound, resolve, root_of
 from ..registry.sites import Site
 from .donors import Donor, joined
 from .edit_context import call_key, state_of
@@ -46,27 +46,22 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         self.points_or_model = points_or_model
-        refuse_unhookable(self.modules)
-        self._on_path: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
+        self._on_path: list[Step] = []  # modules from the root to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach the listeners, and store the modules on the path from the root to each listener."""
-        names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
-        paths = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
-        self._on_path = []
-        for name in dict.fromkeys(itertools.chain(*paths)):
-            parent, _, part = name.rpartition(".")
-            self._on_path.append((name, self.modules[name], vars(self.modules[parent])["_modules"], part))
+        names = {each.place.module for each in self.listeners if each.place.side != "tap"}
+        self._on_path = [step for name in names for step in self.tree.path(name)]
         super().attach(scopes)
 
     def on_begin(self, call: RootCall) -> None:
         """Raise UnsupportedModelError if a module with a listener, or a parent of that module, was replaced."""
-        if any([children.get(part) is not module for _, module, children, part in self._on_path]):
+        if any([children.get(key) is not module for _, children, key, module in self._on_path]):
             self.check_modules()
 
     def check_modules(self) -> None:
         """Raise UnsupportedModelError if hooks or modules on the path to a listener were removed or replaced."""
-        lost = [name for name, module, children, part in self._on_path if children.get(part) is not module]
+        lost = [name for name, children, key, module in self._on_path if children.get(key) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
             if module is not None and ((station := Station.of(module)) is None or not station.has_hooks(module)):
@@ -76,6 +71,13 @@ class ContextSession(Session):
                 f"'{lost[0]}' was replaced, or lost its hooks, while a patching or recording context was open. Modify "
                 "the model before you open the context."
             )
+
+    @property
+    def no_call(self) -> str:
+        """Sentence for error messages; empty as soon as a root call has begun."""
+        if self.has_begun:
+            return ""
+        return f" {type(self.root).__name__}.{self.method}() was not called while the context was open."
 
     def finish(self, error: Exception | None) -> None:
         """Check the session when its context exits, and raise an error if a check fails.
@@ -139,7 +141,7 @@ class Opened(Held, Generic[Result]):
 
     def __enter__(self) -> Result:
         session, self._next = self._next, None
-        if session is None or session.modules != dict(session.root.named_modules(remove_duplicate=False)):
+        if session is None or session.tree.has_changed():
             session = self._new()  # a module was replaced
         context = Attached(session)
         try:
@@ -172,7 +174,9 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
     If a model is passed instead of HookPoints, only the types and the sites' names are checked. If None is passed, only
     the types are checked.
     """
-    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
+    if isinstance(patches, Patch) or not isinstance(patches, Iterable):
+        patches = (patches,)
+    each = tuple(patches)
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, such as zero_ablate(Site('conv1')); got {type(patch).__name__}.")
@@ -207,12 +211,10 @@ class Patching(ContextSession):
     ) -> None:
         super().__init__(points_or_model)
         self.check_nan = check_nan
-        forwards = Counter[tuple[str, Site]]()  # number of donor forward passes
-        self.patches = checked_patches(points_or_model, patches)
-        if any(isinstance(patch.edit, Donor) for patch in self.patches):
-            self.patches = joined(self.patches, forwards)
-        names = [patch.site.name for patch in self.patches]
-        self.allow_unreached = allowed_names(allow_unreached, names, "patched")
+        self.patches, forwards = checked_patches(points_or_model, patches), Counter[tuple[str, Site]]()
+        if any([isinstance(patch.edit, Donor) for patch in self.patches]):
+            self.patches = joined(self.patches, forwards)  # counts the donors' forward passes
+        self.allow_unreached = allowed_names(allow_unreached, (patch.site.name for patch in self.patches), "patched")
         self.firings: list[Firing] = []
         for patch in self.patches:
             point = resolve(self.modules, patch.site)
@@ -234,8 +236,9 @@ class Patching(ContextSession):
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
     """Return `names`, the argument `allow_unreached`, as a set; raise ValueError if a name is not in `known`."""
-    allowed = frozenset([names] if isinstance(names, str) else names)
-    known = list(known)
+    if names == ():
+        return frozenset()
+    allowed, known = frozenset([names] if isinstance(names, str) else names), list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
         raise ValueError(f"allow_unreached must contain only hook points that are {used}; got {sorted(unknown)}.{hint}")
@@ -262,12 +265,14 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
     exception gets a note, unless the exception is one of chanpatch's own.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
+    if not found:
+        return
     for firing in firings:
         firing.nan = None
     ours = isinstance(cause, ChanpatchError) and not isinstance(cause, DistributionError)
     if ours or any(torch._C._functorch.is_functorch_wrapped_tensor(flag) for _, flag in found):
         return  # values are unreadable inside a transform
-    if not found or not torch.stack([flag.to(found[0][1].device) for _, flag in found]).any():
+    if not torch.stack([flag.to(found[0][1].device) for _, flag in found]).any():
         return
     error = nan_error(next(patch for patch, flag in found if flag))
     if cause is None or _of_a_distribution(cause):
@@ -322,7 +327,8 @@ def patched(
         site          edit  firings  rows  elements
         Site('.out')  Set   1        4     12
     """
-    chosen = tuple(patches) if isinstance(patches, Iterable) else patches  # an iterator would be empty on re-entry
+    # An iterator would be empty on re-entry.
+    chosen = patches if isinstance(patches, Patch) or not isinstance(patches, Iterable) else tuple(patches)
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))
 

@@ -17,8 +17,9 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.moments import Moment
 from ..engine.sessions import Attached, Session, StopForward
 from ..engine.state import undisturbed
+from ..engine.tree import Tree
 from ..errors import EditError, UnreachedError, UnsupportedModelError
-from ..registry.points import HookPoints, model_of, resolve, root_of
+from ..registry.points import HookPoints, model_of, resolve
 from ..registry.sites import Site, read
 from .cache import ActivationCache
 from .edit_context import Context, call_key
@@ -107,9 +108,10 @@ def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tup
 
 def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
     """Run the unpatched model without side effects, and return the activation at each site that the run reaches."""
-    root, _, calls = root_of(moment.model)
-    run, found = Session(root, moment.method, calls), dict[Site, Tensor]()
-    stops = isinstance(moment.model, HookPoints) and moment.model.steady
+    root, calls, stops = model_of(moment.model), None, False
+    if isinstance(moment.model, HookPoints):
+        calls, stops = moment.model.calls, moment.model.steady
+    run, found = Session(Tree(root), moment.method, calls), dict[Site, Tensor]()
 
     def record(located: Located, leaf: Tensor, run: Session) -> Tensor:
         located.locate(leaf, run)

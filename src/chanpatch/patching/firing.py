@@ -43,7 +43,7 @@ class Located:
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
         """Find the site's region in a tensor; raise an error if the tensor does not match the trace or the site."""
-        known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
+        known = leaf.shape, type(leaf), leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None
@@ -159,9 +159,11 @@ class Firing(Located):
         self.reached = True
         rows, elements = self._size if mask is None else _touched(self._kind[0], self.batch_axis, mask)
         method = moment.running or ""
-        firings, all_rows, all_elements = self.counts.get(method, (0, 0, 0))
-        all_rows = None if rows is None or all_rows is None else all_rows + rows
-        self.counts[method] = firings + 1, all_rows, all_elements + elements
+        if (before := self.counts.get(method)) is not None:
+            rows = None if rows is None or before[1] is None else before[1] + rows
+            self.counts[method] = before[0] + 1, rows, before[2] + elements
+        else:
+            self.counts[method] = 1, rows, elements
 
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):

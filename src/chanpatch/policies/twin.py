@@ -18,11 +18,12 @@ from torch.fx import _symbolic_trace
 from ..engine.calls import DisabledSessions, Observed, left_twice
 from ..engine.hooks import eager, is_compiling
 from ..engine.moments import RootCall
+from ..engine.tree import Tree
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Exit, Held, Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
 from ..patching.patch import Patch
-from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
+from ..registry.points import HookPoints, model_of, resolve
 from .copies import STATE, copied, functions_of, refuse_writing_modes
 from .decisions import Outputs, action_distribution
 from .settings import Settings
@@ -74,7 +75,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         inner = vars(original).get(STATE)
         if inner is not None:
             original, each, allowed = inner.original, (*inner.patches, *each), allowed | inner.allow_unreached
-        refuse_unhookable(dict(original.named_modules()))
+        Tree(original).refuse_unhookable()
         each = checked_patches(policy, each)
         twin = _copied(given)
         refuse_writing_modes(original)

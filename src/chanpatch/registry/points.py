@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from ..engine.calls import Interrupted, left_twice
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
-from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
+from ..engine.tree import Tree
+from ..errors import BatchAxisError, HookPointError, SiteError, did_you_mean, in_one
 from ..results import Records
 from ..views import View
 from .indices import Index
@@ -49,6 +49,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         self.steady = steady
         self._points = {point.name: point for point in points}
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
+        self._tree: Tree | None = None
 
     def __getitem__(self, name: str) -> HookPoint:
         point = self._points.get(self._aliases.get(name, name)) or self._points.get(self._rewritten(name))
@@ -99,7 +100,17 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     def bind(self, site: Site) -> Site:
         """Check a site against the trace and bind it to the traced hook point. The errors are the same as in `site`."""
         point = self[site.name]
-        return site if site.point == point else normalized(site, point)
+        return site if site.point is point or site.point == point else normalized(site, point)
+
+    def tree(self) -> Tree:
+        """Return the model's modules, after checking that the model would run hooks on all modules."""
+        tree = self._tree
+        if tree is None or tree.modules[""] is not self.model or tree.has_changed():
+            self._tree = tree = Tree(self.model)
+            tree.refuse_unhookable()
+        else:
+            tree.refuse_compiled()
+        return tree
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Run the traced method on copies of the arguments, and return the output."""
@@ -208,7 +219,7 @@ def hook_points(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points expects a torch.nn.Module, not {no_module(model)}")
-    refuse_unhookable(dict(model.named_modules()))
+    Tree(model).refuse_unhookable()
     facts = traced_run(model, method, example_inputs, example_keywords, axes or {}, free or {})
     return HookPoints(model, method=method, **facts)
 
@@ -301,8 +312,8 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
     If a model is passed instead of hook points, only the sites' names are checked. All errors are reported together.
     """
     found, faults = [], []
-    model = model_of(points_or_model)
-    modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
+    traced = isinstance(points_or_model, HookPoints)
+    modules = {} if traced else dict(model_of(points_or_model).named_modules(remove_duplicate=False))
     for site in sites:
         try:
             if isinstance(points_or_model, HookPoints):
@@ -331,27 +342,14 @@ def no_module(given: object) -> str:
     return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
-def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the arguments for a Session: the model, the method and, for HookPoints, the number of calls by name."""
+def root_of(points_or_model: HookPoints | nn.Module) -> tuple[Tree, str, dict[str, int] | None]:
+    """Return the arguments for a Session: the modules, the method and, for HookPoints, the number of calls by name.
+
+    Raises:
+        UnsupportedModelError: If a module would ignore hooks.
+    """
     if isinstance(points_or_model, HookPoints):
-        return points_or_model.model, points_or_model.method, points_or_model.calls
-    return model_of(points_or_model), "__call__", None
-
-
-def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise UnsupportedModelError if a module would ignore hooks."""
-    for name, module in modules.items():
-        why = ""
-        if "_orig_mod" in module._modules:
-            why = "is compiled with torch.compile, so hooks added after the first call are ignored. Pass the original "
-            why += "module (compiled._orig_mod), or compile a PatchedPolicy created from the original module."
-        elif module._compiled_call_impl or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-            why = "was compiled in place, so hooks added now are ignored. Use an uncompiled copy, or compile a "
-            why += "PatchedPolicy created from an uncompiled copy."
-        elif isinstance(module, torch.jit.ScriptModule):
-            why = "is a TorchScript module, which runs submodules without hooks. Pass the original Python module."
-        elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            why = f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of the wrapped module. "
-            why += "Pass the wrapped module (.module), and use one device."
-        if why:
-            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
+        return points_or_model.tree(), points_or_model.method, points_or_model.calls
+    tree = Tree(model_of(points_or_model))
+    tree.refuse_unhookable()
+    return tree, "__call__", None

@@ -64,8 +64,7 @@ class Site:
             raise SiteError(f"Site expects the name of a hook point, not {type(name).__name__}.")
         if unnamed:
             raise SiteError(f"Site({name!r}, {unnamed[0]!r}): indices must be passed by axis name, as in channel=2.")
-        selections = {axis: selection_of(name, axis, index) for axis, index in indices.items()}
-        vars(self).update(name=name, indices=tuple(sorted(selections.items())))  # a frozen dataclass
+        vars(self).update(name=name, indices=_selections(name, indices))  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
         """Return one site per index along an axis, in order.
@@ -92,15 +91,11 @@ class Site:
 
     def at(self, point: HookPoint | None) -> Site:
         """Return the same site bound to a traced hook point, without checking the axes and indices."""
-        traced = object.__new__(Site)
-        vars(traced).update(vars(self), point=point)
-        return traced
+        return self._with(point=point)
 
     def indexed(self, **indices: Any) -> Site:
         """Return a site with the given indices, at the same hook point and in the same basis."""
-        other = self.at(self.point)
-        vars(other).update(indices=Site(self.name, **indices).indices)
-        return other
+        return self._with(indices=_selections(self.name, indices))
 
     def along(self, axis: str, basis: Any, **indices: Index) -> Site:
         """Return a site in which one axis is replaced by an axis `component` of coordinates in a basis.
@@ -134,8 +129,12 @@ class Site:
 
     def with_basis(self, basis: Along) -> Site:
         """Return the same site with a basis. The basis is checked when the site is bound to a trace."""
-        other = self.at(self.point)
-        vars(other).update(basis=basis)
+        return self._with(basis=basis)
+
+    def _with(self, **changes: Any) -> Site:
+        """Return a copy in which some fields are replaced."""
+        other = object.__new__(Site)
+        vars(other).update(vars(self), **changes)
         return other
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
@@ -173,6 +172,11 @@ class Site:
         if labels and isinstance(selection, tuple):
             selection = Labels(tuple(labels[index] for index in selection))
         return shown(selection)
+
+
+def _selections(name: str, indices: Mapping[str, Any]) -> tuple[tuple[str, Selection], ...]:
+    """Convert a site's indices by axis to sorted pairs of axis and selection."""
+    return tuple(sorted((axis, selection_of(name, axis, index)) for axis, index in indices.items()))
 
 
 @dataclass(frozen=True)
@@ -257,9 +261,7 @@ def normalized(site: Site, point: HookPoint) -> Site:
         chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
         if chosen != every:
             written[point.axes[number]] = chosen
-    same = site.indexed(**written).at(point)
-    vars(same).update(name=point.name)
-    return same
+    return site._with(name=point.name, indices=_selections(point.name, written), point=point)
 
 
 def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...]) -> Selection:
