@@ -1,4 +1,4 @@
-"""Views name the axes of a tensor and split some of them, such as a feature axis into heads."""
+"""Views name the axes of a tensor and may split an axis, such as a feature axis into heads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _GROUP = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 
 def view(pattern: str, **lengths: int | Sequence[str]) -> View:
-    """Name the axes of a tensor, and split some of them into several axes.
+    """Name the axes of a tensor, and optionally split an axis into several axes.
 
     Args:
         pattern: Names of the axes, separated by spaces. Parentheses contain the names of the axes into which one axis

@@ -2,7 +2,7 @@
 
 The metrics accept logits with shape `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` in which
 the value has shape `(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that
-contain one distribution. They return a tensor with shape `(batch,)`. For sequence logits with shape
+contain one distribution. Each metric returns a tensor with shape `(batch,)`. For sequence logits with shape
 `(batch, position, action)`, use `at_position`. All metrics except `action_flip` are differentiable.
 """
 
@@ -152,8 +152,8 @@ def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
     In a dict or an object, the value is the entry or attribute named `value` or `values`. An output tensor with shape
-    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only such tensor after the logits or
-    the distribution.
+    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with
+    one of these shapes after the logits or the distribution.
 
     Raises:
         MetricError: If no tensor, or more than one, could be the value.
@@ -260,7 +260,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies `compute` to an output's normalized logits. `name` is its name in results."""
+    """Return a metric that applies `compute` to an output's normalized logits. `name` becomes the metric's name."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))

@@ -19,8 +19,8 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 def distribution_in(output: Any) -> Distribution | None:
     """Find the action distribution in an output.
 
-    This is the output itself, the only distribution that the output contains, or the distribution that the logits in a
-    field named `logits` define. Return None if there is no distribution, or if there are several.
+    The action distribution is the output itself, the only distribution that the output contains, or the distribution
+    defined by the logits in a field named `logits`. Return None if there is no distribution, or if there are several.
     """
     if isinstance(output, Distribution):
         return output
@@ -42,9 +42,9 @@ def _named(found: Any) -> Distribution | None:
 
 
 def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
-    """Return an output that is a tensor, or the tensor in an output that is a pair `(tensor, value)`; otherwise, None.
+    """Return an output that is a tensor, or the first entry of an output that is a pair `(logits, value)`, or None.
 
-    The tensor in a pair must have at least `least_axes` axes.
+    The first entry of a pair must have at least `least_axes` axes; otherwise, the result is None.
     """
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
@@ -172,7 +172,7 @@ class Choice:
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors in an output that have shape `(batch,)` or `(batch, 1)` and could be the value."""
+    """Return the tensors in an output that have shape `(batch,)` or `(batch, 1)` and could be the value estimate."""
     names = ("value", "values")
     entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
     found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]

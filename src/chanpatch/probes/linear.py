@@ -18,7 +18,7 @@ from ..statistics.ranking import auc
 class LinearProbe(Records):
     """Cross-validated scores for a linear probe that uses all channels.
 
-    The 95% intervals treat the predictions as coming from one fixed classifier; they ignore that each fold is fitted
+    The 95% intervals treat the predictions as coming from one fixed classifier and ignore that each fold is fitted
     separately.
 
     Attributes:
