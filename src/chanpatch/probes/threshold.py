@@ -294,7 +294,7 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
 
 
 def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
-    """Test for each threshold whether the precision is at least `least`; return p-values and a mask of the passed tests.
+    """Test for each threshold whether the precision is at least `least`; return p-values and a mask of passed tests.
 
     `hits` and `alarms` are the numbers of positives and negatives that each threshold accepts, with the strictest
     threshold first. Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again
