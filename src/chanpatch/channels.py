@@ -109,7 +109,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
 
 
 def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
-    """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one such axis.
+    """Return the name of a bound site's channel or feature axis; raise `error` if there is not exactly one.
 
     `what` is the plural noun for the caller's results, such as "Controls", in error messages.
     """

@@ -185,7 +185,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each target channel in turn, choose one of the `near` nearest channels not yet chosen."""
+    """Draw one control: for each target channel in turn, draw one of the `near` nearest channels not drawn yet."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]

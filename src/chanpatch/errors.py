@@ -48,7 +48,7 @@ class ConcurrencyError(ChanpatchError, RuntimeError):
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
-    """Raised when a model would ignore hooks or cannot be copied, or when its family is unknown."""
+    """Raised when a model would ignore hooks, cannot be copied, or belongs to an unknown family."""
 
 
 class DistributionError(ChanpatchError, TypeError):

@@ -285,7 +285,7 @@ def _cell(value: Any) -> str:
 
 
 def imported(name: str, *, package: str | None = None) -> Any:
-    """Import a module by name; raise MissingPackageError if its package is not installed.
+    """Import a module by name; raise MissingPackageError if the module's package is not installed.
 
     `package` is the package name for pip, if different from the first part of the module name.
     """

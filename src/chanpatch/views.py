@@ -79,8 +79,8 @@ def view(pattern: str, **lengths: int | Sequence[str]) -> View:
     Args:
         pattern: Names of the axes, separated by spaces. Parentheses contain the names of the axes into which one axis
             of the tensor is split, outermost first, as in einops: `"batch position (head feature)"`.
-        lengths: Length of each axis in parentheses, or labels for its positions. In each pair of parentheses, the
-            length of one axis may be omitted.
+        lengths: Length of each axis in parentheses, or labels for the positions along the axis. In each pair of
+            parentheses, the length of one axis may be omitted.
 
     Raises:
         SiteError: If the pattern is not valid, or if lengths are missing or do not match the pattern.

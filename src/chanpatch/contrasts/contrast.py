@@ -135,7 +135,7 @@ def contrast(
 
 
 def _no_p(absolute: bool, independent: int) -> str:
-    """Return the reason why a contrast has no p-values, or an empty string if it has p-values."""
+    """Return the reason why a contrast has no p-values, or an empty string if the contrast has p-values."""
     if absolute:
         return "noise alone makes a mean absolute difference positive; use signed differences."
     if independent < FEWEST:

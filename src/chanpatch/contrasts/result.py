@@ -25,7 +25,7 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 class Contrast(Effects):
     """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
-    All values refer to the channel's reduced activation (by default, its sum over positions), in double precision. The
+    All values refer to the channel's reduced activation (by default, the sum over positions), in double precision. The
     table and the figure show the largest effects first, as does `top`.
 
     Attributes:

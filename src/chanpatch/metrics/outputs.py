@@ -37,12 +37,12 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return `found` if it is a distribution, the Categorical with logits `found` if it is a tensor, otherwise None."""
+    """Return `found` if `found` is a distribution, Categorical(logits=found) if `found` is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
 def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
-    """Return an output that is a tensor, or the first entry of an output that is a pair `(logits, value)`, or None.
+    """Return `output` if it is a tensor, the first entry if `output` is a pair `(logits, value)`, otherwise None.
 
     The first entry of a pair must have at least `least_axes` axes; otherwise, the result is None.
     """
@@ -54,7 +54,7 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define, or None if `logits` is not a float tensor with at least one axis.
+    """Return the distribution with the given logits, or None if `logits` is not a float tensor with at least one axis.
 
     Raise DistributionError if there is only one logit per distribution.
     """

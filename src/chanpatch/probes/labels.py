@@ -74,7 +74,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per channel, with channel, label, candidate, auc, low, high, p, adjusted p and note."""
+        """Return a dict per channel with keys channel, label, candidate, auc, low, high, p, adjusted p and note."""
         return [
             {"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate}
             | interval_columns(each.auc, "auc", "low", "high")
@@ -115,7 +115,7 @@ def label_channels(
 
     Each channel's candidate is chosen on one half of the inputs. The candidate is the label or union of labels with the
     largest area under the ROC curve (AUC), after subtracting `penalty` for every label beyond the first. On the other
-    half, the candidate's AUC is compared with its AUCs for permuted labels. The candidate becomes the channel's label
+    half, the candidate's AUC is compared with the AUCs for permuted labels. The candidate becomes the channel's label
     if the p-value, corrected for the number of channels, is at most `level`. Channels whose sum is constant on either
     half are dead and get no label.
 

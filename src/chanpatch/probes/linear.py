@@ -40,7 +40,7 @@ class LinearProbe(Records):
     folds: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high, p and n."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high, p and n."""
         accuracy, gain, area = self.accuracy, self.gain, self.auc
         return columns(
             quantity=("accuracy", "base rate", "gain", "AUC"),

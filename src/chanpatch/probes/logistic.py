@@ -1,4 +1,4 @@
-"""Predict one label from all channels; fit on some inputs and score on others."""
+"""Predict one label from all channels; fit on some inputs and score on other inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ProbeScores(Records):
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high and n."""
         rows = {"accuracy": self.accuracy, "base rate": self.base_rate, "gain": self.gain, "AUC": self.auc}
         return [
             {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n}
@@ -58,7 +58,7 @@ class LogisticProbe:
     To cross-validate on a single data set, use `chanpatch.probes.linear_probe`.
 
     Attributes:
-        intercept: Log odds of the label if every channel has its mean value.
+        intercept: Log odds of the label if every channel equals its mean over the training inputs.
         coefficients: Change in log odds per standard deviation of each channel, with shape `(channel,)`.
         mean: Mean of each channel over the training inputs, with shape `(channel,)`.
         std: Standard deviation of each channel over the training inputs, with shape `(channel,)`; 1 for channels that

@@ -46,8 +46,8 @@ def channel_sums(
     Raises:
         HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
         EditError: If `where` does not match the site's region.
-        ProbeError: If the site has no channels, its batch axis is unknown, there are no inputs, or the first axis of
-            the inputs is not the batch axis.
+        ProbeError: If the site has no channels or an unknown batch axis, there are no inputs, or the first axis of the
+            inputs is not the batch axis.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Predict a label with a threshold on one channel's sum, and measure how well it transfers to shifted data."""
+"""Predict a label with a threshold on one channel's sum, and measure the threshold's transfer to shifted data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ThresholdScores:
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high, n and note."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high, n and note."""
         return [
             {"quantity": _NAMES[field], **interval_columns(each, "estimate", "low", "high")}
             | {"n": self.n, "note": each.note}
@@ -180,7 +180,7 @@ class ThresholdProbe(Records):
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high, n and note."""
+        """Return one dict per quantity on the held-out half, with keys quantity, estimate, low, high, n and note."""
         return self.held_out.to_records()
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -267,7 +267,7 @@ class Transfer(Records):
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Validate the sums and labels, then split them into one half for fitting and one for scoring."""
+    """Validate the sums and labels, then split the inputs into one half for fitting and one half for scoring."""
     array = finite("sums", sums, ("input",), ProbeError)
     positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)

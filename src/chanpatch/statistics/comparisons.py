@@ -120,10 +120,10 @@ def stratified_difference_interval(
 ) -> Interval:
     """Compare the success rates of two groups within strata: return the difference and its 95% bootstrap interval.
 
-    Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
-    one group are excluded; the other strata are combined with Mantel-Haenszel weights. If the rarer outcome (success or
-    failure) occurs six to nine times in the combined strata, the interval's note is `"few"`; if the rarer outcome
-    occurs fewer than six times, the interval is withheld.
+    Use this function to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata
+    with only one group are excluded; the other strata are combined with Mantel-Haenszel weights. If the rarer outcome
+    (success or failure) occurs six to nine times in the combined strata, the interval's note is `"few"`; if the rarer
+    outcome occurs fewer than six times, the interval is withheld.
 
     Args:
         success: One boolean (or 0 or 1) per input.

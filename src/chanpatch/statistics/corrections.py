@@ -64,7 +64,7 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
 
     Args:
         difference: Interval for one difference, or for an array of differences; the result then has the array's shape.
-        margin: Largest negligible difference, in the same unit. Choose the margin before seeing the data.
+        margin: Largest negligible difference, in the unit of `difference`. Choose the margin before seeing the data.
 
     Raises:
         StatisticsError: If the margin is not positive.

@@ -160,7 +160,8 @@ def sign_flip_test(
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
     """Return the number of sign patterns to use for `many` clusters, and whether these patterns are complete.
 
-    They are complete if they include, for every pattern, the pattern or its mirror image (with the same absolute mean).
+    The patterns are complete if they include, for every pattern, the pattern or its mirror image (with the same
+    absolute mean).
     """
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)

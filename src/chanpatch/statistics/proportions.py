@@ -47,7 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Count the pairs in which both inputs succeeded, only the first, only the second, or neither.
+    """Count the pairs in which both inputs, only the first input, only the second input, or neither input succeeded.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
@@ -96,10 +96,10 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
-    The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
-    width is nonzero even if the two outcomes agree in every pair. With six to nine pairs, the note is `"few"`; with
-    fewer than six, the interval is withheld. The counts come from `paired_counts`, and `confidence` is the nominal
-    coverage.
+    The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so the
+    interval's width is nonzero even if the two outcomes agree in every pair. With six to nine pairs, the note is
+    `"few"`; with fewer than six, the interval is withheld. The counts come from `paired_counts`, and `confidence` is
+    the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is invalid, or all counts are 0.
@@ -153,11 +153,11 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision at another base rate, by Bayes' rule, and its interval in [0, 1].
+    """Return the precision that a classifier would have at the given base rate, and its interval in [0, 1].
 
     Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
-    at the same base rate. The interval treats the base rate as known. If no input was accepted, the precision is NaN
-    and its interval is 0 to 1.
+    at the same base rate. The precision is computed by Bayes' rule. The interval treats the base rate as known. If no
+    input was accepted, the precision is NaN and its interval is 0 to 1.
 
     Args:
         true_positive_rate: Fraction of positives that are accepted, and its interval.

@@ -142,7 +142,8 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
     Args:
         effect: Effect of the patch to rank, a finite number.
-        controls: Effects of the controls in the same unit, with shape `(control,)`. Ties count against the effect.
+        controls: Effects of the controls, in the unit of `effect`, with shape `(control,)`. Ties count against the
+            effect.
         alternative: Which effect has rank 1: the effect with the largest absolute value (`"two-sided"`), the largest
             effect (`"greater"`) or the lowest effect (`"less"`).
 
