@@ -83,7 +83,7 @@ class MatchedChannels(Records, Sequence[Site]):
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
-        unmatched = ", so they are not matched; use a smaller count for closer controls"
+        unmatched = ", so the controls are not matched; use a smaller count for closer controls"
         title = f"{len(self)} controls, drawn from the {self.pool} nearest of {self.live} other live channels"
         return title + unmatched * (self.pool == self.live)
 
