@@ -212,8 +212,8 @@ def test_controls_that_are_drawn_among_all_channels_say_that_they_are_not_matche
     found = matched_channels(POINTS, POINTS.site("ramp", channel=16), IMAGES, count=19, seed=0)
     assert (found.pool, found.live) == (28, 28)
     assert repr(found).startswith(
-        "19 controls, drawn from the 28 nearest of 28 other live channels, so they are not matched; use a smaller "
-        "count for closer controls"
+        "19 controls, drawn from the 28 nearest of 28 other live channels, so the controls are not matched; use a "
+        "smaller count for closer controls"
     )
 
 

@@ -109,7 +109,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
 
 
 def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
-    """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one such axis.
+    """Return the name of a bound site's channel or feature axis; raise `error` if there is not exactly one.
 
     `what` is the plural noun for the caller's results, such as "Controls", in error messages.
     """
@@ -136,7 +136,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations, with a batch axis and at most one other axis, as an `(input, channel)` array."""
+    """Return a site's activations, which have at most one axis besides the batch, as an `(input, channel)` array."""
     # Copied, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
@@ -147,7 +147,7 @@ class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
     `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
-    tensor, it has one row for each input, or a single row for all inputs.
+    tensor, the tensor has one row for each input, or a single row for all inputs.
     """
 
     run: undisturbed
@@ -214,7 +214,7 @@ class Collector:
     def _parts(
         self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats]
     ) -> Iterator[dict[Site, Floats]]:
-        """Yield each batch's activations, by site; raise `error` if an activation is NaN or infinite."""
+        """Yield one dict per batch, from sites to activations; raise `error` if an activation is NaN or infinite."""
         start = 0
         for cache in self.caches(inputs):
             part = {site: sampled(cache, site) for site in self.sites}

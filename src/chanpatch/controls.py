@@ -34,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 _NEAR = 2  # number of nearest channels to draw from, per control; kept small, so that the means are similar
-_EACH_SIDE = 0.15  # a p-value requires at least this fraction of controls with larger means, and with smaller means
+_EACH_SIDE = 0.15  # of the controls, at least this fraction must have larger means, and at least this fraction smaller
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +83,7 @@ class MatchedChannels(Records, Sequence[Site]):
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
-        unmatched = ", so they are not matched; use a smaller count for closer controls"
+        unmatched = ", so the controls are not matched; use a smaller count for closer controls"
         title = f"{len(self)} controls, drawn from the {self.pool} nearest of {self.live} other live channels"
         return title + unmatched * (self.pool == self.live)
 
@@ -112,7 +112,7 @@ def matched_channels(
         points_or_model: Model, which is traced with the background, or its HookPoints.
         site: Site with the channel or channels to find controls for. The site's other indices, such as rows, also apply
             to the controls.
-        background: At least two inputs over which the means are computed: `(input, ...)`, as in
+        background: At least two inputs over which the means are computed, with shape `(input, ...)`, as in
             `chanpatch.channel_sums`.
         count: Number of controls. A p-value requires at least 19 controls, of which at least 15% have larger means than
             the site and at least 15% have smaller means.
@@ -168,7 +168,10 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return the reason why ranks among controls with the given means have no p-values, or "" if they have p-values."""
+    """Return the reason why ranks among the controls have no p-values, or an empty string if the ranks have p-values.
+
+    `own` is the mean activation of the site, and `controls` contains the mean activation of each control.
+    """
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
@@ -182,7 +185,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each target channel in turn, choose one of the `near` nearest channels not yet chosen."""
+    """Draw one control: for each target channel in turn, draw one of the `near` nearest channels not drawn yet."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -196,14 +199,15 @@ def random_sets(
 ) -> list[tuple[int, ...]]:
     """Draw distinct random sets of channels, all of the same size, as controls for a patch on several channels.
 
-    Sets may overlap with each other and with the tested set. For matched mean activations, use `matched_channels`.
+    Sets may overlap with each other and with the patch's own channels. For matched mean activations, use
+    `matched_channels`.
 
     Args:
         channels: Channels to draw from. Pass only live channels, because patching dead channels is uninformative.
         size: Number of channels in each set.
         count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19 sets.
         seed: Random seed.
-        other_than: Sets to exclude, such as the tested set.
+        other_than: Sets to exclude, such as the patch's own channels.
 
     Returns:
         `count` sets, each in ascending order, or fewer sets if too few distinct sets were found.
@@ -379,7 +383,10 @@ def off_distribution(
 def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return each channel's mean activation over the background in a region, and whether the channel varies there."""
+    """Return each channel's mean activation in a region, and whether the channel varies at any position of the region.
+
+    Both are computed over the background inputs.
+    """
     point = point_at(region)
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 

@@ -36,11 +36,11 @@ class BatchAxisError(ChanpatchError, ValueError):
 
 
 class TraceMismatchError(ChanpatchError, RuntimeError):
-    """Raised when a forward pass differs from the trace in anything but the batch."""
+    """Raised when types, shapes (other than batch sizes), dtypes or numbers of calls differ from those in the trace."""
 
 
 class UnreachedError(ChanpatchError, RuntimeError):
-    """Raised when a patched or recorded site was never reached."""
+    """Raised when no forward pass reached a patched or recorded site."""
 
 
 class ConcurrencyError(ChanpatchError, RuntimeError):
@@ -48,7 +48,7 @@ class ConcurrencyError(ChanpatchError, RuntimeError):
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
-    """Raised when a model would ignore hooks or cannot be copied, or when its family is unknown."""
+    """Raised when a model would ignore hooks, cannot be copied, or belongs to an unknown family."""
 
 
 class DistributionError(ChanpatchError, TypeError):
@@ -94,7 +94,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Combine several error messages into one message."""
+    """Combine several error messages into one message; return a single message unchanged."""
     listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]
     return "\n".join(listed) if len(faults) > 1 else str(*faults)
 

@@ -20,13 +20,13 @@ _HEADS = "batch position (head feature)"
 
 
 class _Family(NamedTuple):
-    """The hook points of a family of models at which axes are named, listed by the ends of their names.
+    """For one family of models, the ends of the names of all hook points at which axes are named.
 
     Attributes:
-        hidden: Hidden states to which names from other hook points do not propagate.
+        hidden: Hidden states to which axis names from other hook points do not propagate.
         heads: Hook points whose feature axis is split into query heads.
         key_heads: Hook points whose feature axis is split into key-value heads.
-        weights: Attention weights. The model returns them only with the "eager" implementation of attention.
+        weights: Attention weights, which the model returns only with the "eager" implementation of attention.
         others: Other hook points, each with a pattern for `view` or with axis names.
     """
 
@@ -87,7 +87,8 @@ def axes(model: nn.Module) -> dict[str, View | str]:
 
     Hidden states have the axes `(batch, position, feature)`. Queries, keys, values and the input of each attention
     layer's output projection have an axis `head`; fused projections also have an axis `part` with the labels q, k, v.
-    If your inputs skip a module (for example, `inputs_embeds` skips the embedding), remove its pattern from the dict.
+    If your inputs skip a module (for example, `inputs_embeds` skips the embedding), remove the pattern of that module
+    from the dict.
 
     Args:
         model: Model with a config, from one of these families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma
@@ -136,7 +137,7 @@ def _head_counts(config: Any) -> list[tuple[str, int, int]]:
 
 
 def _exists(end: str, modules: Iterable[str]) -> bool:
-    """Return whether the model has a module whose name matches the end of a hook point's name."""
+    """Return whether the model has a module whose name matches `end`, the end of a hook point's name."""
     module = re.sub(r"\.?(in|out)\[.*", "", end).replace("**", "*")
     return not module or any(fnmatch(name, f"*.{module}") for name in modules)
 

@@ -52,7 +52,7 @@ def site_label(site: Site) -> str:
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return the reason why ranks among these controls have no p-value, or an empty string if they have p-values."""
+    """Return the reason why ranks among `controls` have no p-values, or an empty string if the ranks have p-values."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 
@@ -89,7 +89,7 @@ def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
 
 @contextmanager
 def labelled(label: object) -> Iterator[None]:
-    """Add the label to any error that is raised inside the context."""
+    """Context in which the label is added to every error that is raised."""
     try:
         yield
     except (EditError, UnreachedError) as fault:

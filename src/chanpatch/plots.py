@@ -45,8 +45,8 @@ def strip(
     Args:
         sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.
         labels: Label of each input, with shape `(input,)`, such as the direction of the next step.
-        split: Part of the data that each input belongs to, with shape `(input,)`, such as "in distribution". There may
-            be at most six parts; each part has its own marker.
+        split: Name of the part of the data to which each input belongs, such as "in distribution", with shape
+            `(input,)`. At most six parts are allowed; each part has its own marker.
         threshold: Value to mark with a dashed line, such as `probe.threshold`.
         ax: Axes to draw on; new axes if None.
 
@@ -93,8 +93,8 @@ def strip(
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
     """Plot effects as dots with their 95% intervals and p-values, with the largest absolute effect at the top.
 
-    Only the 20 largest effects are drawn; the title states how many are hidden. Controls are drawn as squares below the
-    other effects. A result's `.plot()` method draws this figure.
+    At most 20 effects and 20 controls are drawn, the largest first; the title states how many are hidden. Controls are
+    drawn as squares below the other effects. The `plot` methods of contrasts, sweeps and attributions draw this figure.
 
     Args:
         records: One record per effect, with the keys `effect` and `label` (or `site`). Optional keys are the interval
@@ -247,10 +247,10 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
 
 
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw one channel's activation map over the observation, stretched to the same size.
+    """Draw one channel's activation map, stretched to the size of the observation, over the observation.
 
     Contours enclose activations whose absolute value is more than half of the largest absolute value. Contours around
-    positive activations are solid, and those around negative activations are dashed.
+    positive activations are solid, and contours around negative activations are dashed.
 
     Args:
         observation: Tensor with shape `(channel, row, col)` and one or three channels; floats from 0 to 1, or uint8.

@@ -69,10 +69,10 @@ class Records:
 
 
 class Effects(Records):
-    """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
+    """A result with one effect per row. The table and `top` show the largest effects first.
 
     A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
-    per row; the first of these is the field of labels.
+    per row; the first field in the list contains the labels.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -110,9 +110,9 @@ class Effects(Records):
     def grid(self, rows: int = 0, cols: int = 1) -> Grid:
         """Arrange the effects in a matrix by two parts of each label, such as `(layer, position)`.
 
-        `rows` and `cols` are the indices of the two parts. Parts that are numbers are sorted; others keep their order
-        of appearance. Cells without an effect are NaN. StatisticsError is raised if a label does not have these parts,
-        or if two labels have the same two parts.
+        Each label is a tuple, and `rows` and `cols` are the indices of the two parts in the tuple. Rows or columns are
+        sorted if all of their labels are numbers; otherwise, they keep the order of appearance. Cells without an effect
+        are NaN. StatisticsError is raised if a label lacks one of the parts, or if two labels have the same two parts.
         """
         (row_labels, col_labels), differences = self._arranged((rows, cols))
         return Grid(row_labels, col_labels, differences, self.effect_label)
@@ -123,7 +123,7 @@ class Effects(Records):
         return data_array(differences.mean(axis=-1), dict(zip(dims, axes, strict=True)), self.effect_label)
 
     def _arranged(self, parts: Sequence[int]) -> tuple[list[tuple[Any, ...]], NDArray[np.float64]]:
-        """Return the labels along each axis (one axis per part), and the effects with shape `(*axes, input)`."""
+        """Return the labels along each axis (one axis per part), and effects with shape `(*axes, input)`."""
         named, known, values = f"parts {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
         for label in getattr(self, self._by_row[0]):
             if not isinstance(label, tuple) or not all(-len(label) <= part < len(label) for part in parts):
@@ -180,7 +180,7 @@ class Grid(Records):
     effect_label: str
 
     def effect(self) -> NDArray[np.float64]:
-        """Return the mean over the inputs, with shape `(row, col)`."""
+        """Return each cell's mean effect over the inputs, with shape `(row, col)`."""
         return np.asarray(self.differences.mean(axis=-1))
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ class Grid(Records):
 
 
 def data_array(values: Any, axes: Mapping[str, Sequence[Any]], name: str) -> Any:
-    """Create an `xarray.DataArray`; `axes` maps the name of each axis to its labels."""
+    """Create an `xarray.DataArray` called `name`; `axes` maps the name of each axis to the labels along that axis."""
     index = imported("pandas").Index
     coords = {axis: index(labels, tupleize_cols=False) for axis, labels in axes.items()}
     return imported("xarray").DataArray(values, coords, [*axes], name)
@@ -228,7 +228,7 @@ def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the effect and interval from a record, formatted for a table."""
+    """Return a dict with a record's effect (under the key `name`) and interval (under "95%"), formatted for a table."""
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
@@ -236,14 +236,14 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Format a p-value for a table: "-" for NaN, and "<0.001" for values that depend on the number of resamples."""
+    """Format a p-value for a table: "-" for NaN, "<0.001" for smaller values, otherwise two significant digits."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def interval_notes(notes: Iterable[str]) -> list[str]:
-    """Return notes that explain marked and withheld intervals in a table, given the notes on individual rows."""
+    """Return lines that explain the marked and the withheld intervals in a table, given the note of each row."""
     found = sorted({*map(str, notes)} - {""})
     lines = ["few: an interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
@@ -256,7 +256,7 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return a list of lines that state how many rows the table hides; empty if the table hides no rows."""
+    """Return a list with a line that states how many rows a table hides, or an empty list if no rows are hidden."""
     return [f"... {hidden} more"] if hidden else []
 
 
@@ -285,9 +285,9 @@ def _cell(value: Any) -> str:
 
 
 def imported(name: str, *, package: str | None = None) -> Any:
-    """Import a module by name; raise MissingPackageError if its package is not installed.
+    """Import a module by name; raise MissingPackageError if the module's package is not installed.
 
-    `package` is the package name for pip, if it differs from the first part of the module name.
+    `package` is the package name for pip, if different from the first part of the module name.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Views name the axes of a tensor and split some of them, such as a feature axis into heads."""
+"""Views name the axes of a tensor and may split an axis, such as a feature axis into heads."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ _GROUP = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 
 def view(pattern: str, **lengths: int | Sequence[str]) -> View:
-    """Name the axes of a tensor, and split some of them into several axes.
+    """Name the axes of a tensor, and optionally split an axis into several axes.
 
     Args:
         pattern: Names of the axes, separated by spaces. Parentheses contain the names of the axes into which one axis
             of the tensor is split, outermost first, as in einops: `"batch position (head feature)"`.
-        lengths: Length of each axis in parentheses, or labels for its positions. In each pair of parentheses, the
-            length of one axis may be omitted.
+        lengths: Length of each axis in parentheses, or labels for the positions along the axis. In each pair of
+            parentheses, the length of one axis may be omitted.
 
     Raises:
         SiteError: If the pattern is not valid, or if lengths are missing or do not match the pattern.

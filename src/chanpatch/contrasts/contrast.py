@@ -135,7 +135,7 @@ def contrast(
 
 
 def _no_p(absolute: bool, independent: int) -> str:
-    """Return the reason why a contrast has no p-values, or an empty string if it has p-values."""
+    """Return the reason why a contrast has no p-values, or an empty string if the contrast has p-values."""
     if absolute:
         return "noise alone makes a mean absolute difference positive; use signed differences."
     if independent < FEWEST:
@@ -144,7 +144,7 @@ def _no_p(absolute: bool, independent: int) -> str:
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and, by name, why each of the other hook points was skipped."""
+    """Return the sites to compare, in execution order, and a dict from skipped hook points to reasons."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
@@ -174,7 +174,7 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None
 
 
 def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites with distinct activations and, by name, the reason why each duplicate was skipped."""
+    """Return the sites with distinct activations, and a dict from duplicates to the reasons why they were skipped."""
     first: dict[tuple[bytes, ...], Site] = {}
     repeated = {}
     for site in sites:
@@ -185,7 +185,7 @@ def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[lis
 
 
 def _channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
-    """Return one site per channel, or `count` copies of the given site if its channels cannot be separated."""
+    """Return one site per channel, or `count` copies of `site` if the site's channels cannot be separated."""
     axes = point_at(site).axes
     kept = [axis for axis in reduced_axes(site, axes, reduce) if axis != "batch"]
     return site.split(kept[0]) if kept and kept[0] in axes else [site] * count

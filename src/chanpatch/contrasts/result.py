@@ -25,20 +25,22 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 class Contrast(Effects):
     """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
-    All values refer to the channel's reduced activation (by default, its sum over positions), in double precision. The
+    All values refer to the channel's reduced activation (by default, the sum over positions), in double precision. The
     table and the figure show the largest effects first, as does `top`.
 
     Attributes:
         sites: Site of each row's channel, for use in patches: `[zero_ablate(site) for site in result.top(16).sites]`.
         difference: Mean of the clean minus the corrupted activation, over pairs.
-        absolute: Mean of the absolute value of that difference, over pairs.
+        absolute: Mean absolute difference between the clean and the corrupted activation, over pairs.
         std: Standard deviation of the activation over the background inputs, or NaN if there is no background.
         low, high: Both endpoints of the 95% interval for the effect, over pairs or clusters of pairs; NaN if the
             interval is withheld. The intervals are simultaneous over all channels. An interval excludes 0 if and only
             if `p` is at most 0.05.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
-            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if `no_p` is not empty.
-        note: `"few"` if there are fewer than ten pairs, the reason why the interval is withheld, or an empty string.
+            channels by `chanpatch.statistics.max_t_test`, so the p-value is valid for `top(1)`. NaN if `no_p` is not
+            empty.
+        note: The reason if the interval is withheld, `"few"` if there are six to nine independent pairs, otherwise an
+            empty string.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
@@ -120,7 +122,7 @@ class Contrast(Effects):
         return (means[0] - means[1]).to(point.dtype)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with its site, all its numbers, its note, and `no_p`."""
+        """Return one record per channel, with the channel's site, numbers and note, and with `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

@@ -4,8 +4,8 @@
     logit_difference(3, 5)(logits)                  # (batch,)
     kl_divergence(patched_logits, baseline=logits)  # (batch,)
 
-Any function that maps an output to a tensor of shape `(batch,)` is a metric. If it has a keyword-only parameter
-`baseline`, that parameter receives the unpatched output.
+Any function that maps an output to a tensor of shape `(batch,)` is a metric. If a metric has a keyword-only
+parameter `baseline`, the parameter receives the unpatched output.
 """
 
 from .measured import Metric

@@ -23,9 +23,9 @@ def measured(
 ) -> Tensor:
     """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
-    `baseline` is the unpatched output. If `passes` is True, it is passed to the metric. If `passes` is None, it is
-    passed if the metric has a keyword-only parameter `baseline`. If the metric is not callable, modifies its arguments,
-    or does not return one number per input or a single number, this function raises MetricError with a message that
+    `baseline` is the unpatched output. The baseline is passed to the metric if `passes` is True, or if `passes` is None
+    and the metric has a keyword-only parameter `baseline`. If the metric is not callable, modifies its arguments, or
+    returns neither one number per input nor a single number, this function raises MetricError with a message that
     begins with `name`.
     """
     if not callable(metric):
@@ -65,9 +65,9 @@ def compares(metric: Metric) -> bool:
 
 
 class Metrics:
-    """One or more named metrics. `baseline` maps each name to the metric's values on the unpatched output (float64).
+    """One or more named metrics. The attribute `baseline` maps each name to the metric's values without patches.
 
-    `inputs` is the number of inputs, or None if this number is unknown.
+    The argument `baseline` is the unpatched output, and `inputs` is the number of inputs, or None if unknown.
     """
 
     def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:

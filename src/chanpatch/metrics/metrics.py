@@ -2,7 +2,7 @@
 
 The metrics accept logits with shape `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` in which
 the value has shape `(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that
-contain one distribution. They return a tensor with shape `(batch,)`. For sequence logits with shape
+contain one distribution. Each metric returns a tensor with shape `(batch,)`. For sequence logits with shape
 `(batch, position, action)`, use `at_position`. All metrics except `action_flip` are differentiable.
 """
 
@@ -99,7 +99,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return the total variation distance between action distributions: 0 if they are equal, 1 if they are disjoint.
+    """Return the total variation distance between action distributions: 0 if equal, 1 if disjoint.
 
     The distance is half the sum of the absolute differences in probability. Arguments are the same as for
     `kl_divergence`.
@@ -117,10 +117,10 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return 1 for each input whose most probable action differs from the baseline's, and 0 for all other inputs.
+    """Return 1 for each input on which the most probable actions of output and baseline differ, otherwise 0.
 
-    The mean is the flip rate. If several actions are equally probable, the first of them counts as the most probable.
-    Arguments and errors are the same as for `total_variation`.
+    The mean is the flip rate. If several actions are equally probable, the first of these actions counts as the most
+    probable. Arguments and errors are the same as for `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -152,11 +152,11 @@ def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
     In a dict or an object, the value is the entry or attribute named `value` or `values`. An output tensor with shape
-    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only such tensor after the logits or
-    the distribution.
+    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with
+    one of these shapes after the logits or the distribution.
 
     Raises:
-        MetricError: If no tensor, or more than one, could be the value.
+        MetricError: If no tensor or more than one tensor could be the value.
 
     Example:
         >>> value((torch.zeros(2, 4), torch.tensor([[0.5], [0.25]])))
@@ -219,7 +219,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 
 
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
-    """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
+    """Return a rescaled metric whose mean is 0 on the corrupted run and 1 on the clean run.
 
     On a corrupted run with a patch, the mean is the fraction of the difference between the clean and the corrupted run
     that the patch restores.
@@ -260,7 +260,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies `compute` to an output's normalized logits. `name` is its name in results."""
+    """Return a metric that applies `compute` to an output's normalized logits. `name` becomes the metric's name."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))
@@ -270,7 +270,7 @@ def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
 
 
 def _log_probabilities(output: Any) -> Tensor:
-    """Return the output's normalized logits; raise MetricError if their shape is not `(batch, action)`."""
+    """Return the output's normalized logits; raise MetricError if the logits do not have shape `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
         last = "Use at_position(metric, -1) for the last position."

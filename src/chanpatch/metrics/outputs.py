@@ -19,8 +19,8 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 def distribution_in(output: Any) -> Distribution | None:
     """Find the action distribution in an output.
 
-    This is the output itself, the only distribution that the output contains, or the distribution that the logits in a
-    field named `logits` define. Return None if there is no distribution, or if there are several.
+    The action distribution is the output itself, the only distribution that the output contains, or the distribution
+    defined by the logits in a field named `logits`. Return None if there is no distribution, or if there are several.
     """
     if isinstance(output, Distribution):
         return output
@@ -37,14 +37,14 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return `found` if it is a distribution, the Categorical with logits `found` if it is a tensor, otherwise None."""
+    """Return `found` if `found` is a distribution, Categorical(logits=found) if `found` is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
 def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
-    """Return an output that is a tensor, or the tensor in an output that is a pair `(tensor, value)`; otherwise, None.
+    """Return `output` if it is a tensor, the first entry if `output` is a pair `(logits, value)`, otherwise None.
 
-    The tensor in a pair must have at least `least_axes` axes.
+    The first entry of a pair must have at least `least_axes` axes; otherwise, the result is None.
     """
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
@@ -54,7 +54,7 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define, or None if `logits` is not a float tensor with at least one axis.
+    """Return the distribution with the given logits, or None if `logits` is not a float tensor with at least one axis.
 
     Raise DistributionError if there is only one logit per distribution.
     """
@@ -172,7 +172,7 @@ class Choice:
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors in an output that have shape `(batch,)` or `(batch, 1)` and could be the value."""
+    """Return the tensors in an output that have shape `(batch,)` or `(batch, 1)` and could be the value estimate."""
     names = ("value", "values")
     entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
     found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]

@@ -27,13 +27,14 @@ class ChannelLabel:
 
     Attributes:
         channel: Index of the channel.
-        label: Label such as `"UP"` or `"DOWN or LEFT"`, or None if the held-out half does not confirm the candidate.
+        label: Label such as `"UP"` or `"DOWN or LEFT"`; None if the channel is dead or the held-out half does not
+            confirm the candidate.
         candidate: Label chosen on the first half of the inputs, or None for a dead channel.
-        auc: Probability that the sum is larger for an input with the candidate label than for an input without it, and
-            the 95% interval, both computed on the held-out half; None for a dead channel.
+        auc: Probability that the sum is larger for an input with the candidate label than for an input without this
+            label, and the 95% interval, both computed on the held-out half; None for a dead channel.
         p: One-sided permutation p-value for the AUC on the held-out half; NaN for a dead channel.
         adjusted_p: `p` corrected for the number of channels: the fraction of permutations in which the largest
-            standardized AUC over all channels is at least as large as this channel's.
+            standardized AUC over all channels is at least as large as this channel's standardized AUC.
         note: Reason for a missing label, or an empty string.
     """
 
@@ -52,8 +53,8 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
 
     Attributes:
         channels: Label and scores for each channel.
-        chosen_on: Number of inputs used to choose the candidates.
-        scored_on: Number of held-out inputs used to score the candidates.
+        chosen_on: Number of inputs used to choose the candidate labels.
+        scored_on: Number of held-out inputs used to score the candidate labels.
         level: Largest adjusted p-value at which a channel gets a label.
     """
 
@@ -73,7 +74,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per channel, with channel, label, candidate, auc, low, high, p, adjusted p and note."""
+        """Return a dict per channel with keys channel, label, candidate, auc, low, high, p, adjusted p and note."""
         return [
             {"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate}
             | interval_columns(each.auc, "auc", "low", "high")
@@ -97,7 +98,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         )
 
     def _ranked(self) -> list[ChannelLabel]:
-        """Return the labeled channels, followed by the others, both in descending order of AUC."""
+        """Return the labeled channels, followed by the unlabeled channels, each group in descending order of AUC."""
         return sorted(self, key=lambda each: (each.label is None, -each.auc.estimate if each.auc else 1.0))
 
 
@@ -112,17 +113,17 @@ def label_channels(
 ) -> ChannelLabels:
     """Find the label, or the union of labels, that each channel's sum predicts best.
 
-    Each channel's candidate is chosen on one half of the inputs. It is the union of labels with the largest area under
-    the ROC curve (AUC), after subtracting `penalty` for every label beyond the first. On the other half, the
-    candidate's AUC is compared with its AUCs for permuted labels. The candidate becomes the channel's label if the
-    p-value, corrected for the number of channels, is at most `level`. Channels that are constant on either half are
-    dead and get no label.
+    Each channel's candidate is chosen on one half of the inputs. The candidate is the label or union of labels with the
+    largest area under the ROC curve (AUC), after subtracting `penalty` for every label beyond the first. On the other
+    half, the candidate's AUC is compared with the AUCs for permuted labels. The candidate becomes the channel's label
+    if the p-value, corrected for the number of channels, is at most `level`. Channels whose sum is constant on either
+    half are dead and get no label.
 
     Args:
         sums: Channel sums with shape `(input, channel)`.
-        labels: Index of each input's label, with shape `(input,)`, or one column per label, with booleans (or 0 and 1)
-            and shape `(input, label)`. At least four inputs must have each label, and at least four must not have it;
-            both groups are split evenly between the halves.
+        labels: Index of each input's label, with shape `(input,)`; or booleans (or 0 and 1) that mark each input's
+            labels, with shape `(input, label)`. For each label, at least four inputs must have the label, and at least
+            four must not; both groups are split evenly between the halves.
         names: Two to ten names, one per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`.
         seed: Random seed for the split into halves and the permutations.
         penalty: Penalty for every label beyond the first in a union, in units of AUC.
@@ -209,14 +210,15 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     """Return each channel's permutation p-value, and the same p-value corrected for the number of channels.
 
     `sums` has shape `(input, channel)`. `members` has shape `(channel, input)`; each row marks one channel's positives.
-    The correction compares each channel's AUC, standardized over permutations, with the maximum over all channels.
+    For the correction, each channel's AUC, standardized over permutations, is compared with each permutation's maximum
+    over all channels.
     """
     import scipy.stats
 
     ranks = scipy.stats.rankdata(sums, axis=0)
     inputs, positives = len(ranks), members.sum(axis=1)
     spread = np.sqrt(positives * (inputs - positives) / (inputs - 1)) * ranks.std(axis=0)
-    scores = (ranks - ranks.mean(axis=0)) / spread  # their sum over the positives is the standardized AUC
+    scores = (ranks - ranks.mean(axis=0)) / spread  # the sum of the scores over the positives is the standardized AUC
     own = (members.T * scores).sum(axis=0) - 1e-9  # rounding must not break ties
     kinds, kind = np.unique(members, axis=0, return_inverse=True)
     generator = np.random.default_rng((seed, 1))  # independent of the random split into halves

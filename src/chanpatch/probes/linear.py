@@ -18,7 +18,7 @@ from ..statistics.ranking import auc
 class LinearProbe(Records):
     """Cross-validated scores for a linear probe that uses all channels.
 
-    The 95% intervals treat the predictions as coming from one fixed classifier; they ignore that each fold is fitted
+    The 95% intervals treat the predictions as coming from one fixed classifier and ignore that each fold is fitted
     separately.
 
     Attributes:
@@ -40,7 +40,7 @@ class LinearProbe(Records):
     folds: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high, p and n."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high, p and n."""
         accuracy, gain, area = self.accuracy, self.gain, self.auc
         return columns(
             quantity=("accuracy", "base rate", "gain", "AUC"),

@@ -1,4 +1,4 @@
-"""Predict one label from all channels; fit on some inputs and score on others."""
+"""Predict one label from all channels; fit on some inputs and score on other inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ProbeScores(Records):
 
     Attributes:
         accuracy: Fraction of inputs whose label is predicted correctly.
-        base_rate: Accuracy of always predicting the more frequent label in the training data.
+        base_rate: Accuracy, on the same inputs, of always predicting the label that was more frequent in training.
         gain: Accuracy minus base rate on the same inputs.
         auc: Probability that a random positive scores higher than a random negative; None if either label occurs fewer
             than two times.
@@ -40,7 +40,7 @@ class ProbeScores(Records):
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high and n."""
         rows = {"accuracy": self.accuracy, "base rate": self.base_rate, "gain": self.gain, "AUC": self.auc}
         return [
             {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n}
@@ -53,12 +53,12 @@ class ProbeScores(Records):
 
 @dataclass(frozen=True, eq=False)
 class LogisticProbe:
-    """A logistic regression on all channels. To measure transfer, score it on inputs from another distribution.
+    """A logistic regression on all channels. To measure transfer, score the probe on inputs from another distribution.
 
     To cross-validate on a single data set, use `chanpatch.probes.linear_probe`.
 
     Attributes:
-        intercept: Log odds of the label if every channel has its mean value.
+        intercept: Log odds of the label if every channel equals its mean over the training inputs.
         coefficients: Change in log odds per standard deviation of each channel, with shape `(channel,)`.
         mean: Mean of each channel over the training inputs, with shape `(channel,)`.
         std: Standard deviation of each channel over the training inputs, with shape `(channel,)`; 1 for channels that
@@ -88,7 +88,7 @@ class LogisticProbe:
         Args:
             sums: Channel sums or other features, with shape `(input, channel)`.
             labels: Booleans (or 0 and 1) with shape `(input,)`.
-            penalty: L2 penalty: the weight of half the squared norm of the coefficients in the loss.
+            penalty: L2 penalty: the loss includes `penalty` times half the squared norm of the coefficients.
 
         Raises:
             ProbeError: If sums and labels are invalid or do not match, or the penalty is not positive.
@@ -140,9 +140,9 @@ class LogisticProbe:
     ) -> Interval[Floats]:
         """Return the coefficients and their 95% bootstrap intervals, as arrays with shape `(channel,)`.
 
-        Pass the inputs and the penalty that were passed to `fit`. All resamples use the channel scaling from `fit`. The
-        intervals do not correct for the penalty, which shrinks large coefficients. If six to nine inputs have the rarer
-        label, the notes are `"few"`; if fewer than six have it, the intervals are withheld.
+        Pass the sums, labels and penalty that were passed to `fit`. All resamples use the channel scaling from `fit`.
+        The intervals do not correct for the penalty, which shrinks large coefficients. If six to nine inputs have the
+        rarer label, the notes are `"few"`; if fewer than six inputs have the rarer label, the intervals are withheld.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])

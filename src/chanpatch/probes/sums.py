@@ -35,7 +35,7 @@ def channel_sums(
     Args:
         points_or_model: Model (which is then traced with the first batch) or its HookPoints.
         inputs: All inputs, with shape `(input, ...)`: a tensor, a tuple of positional arguments, a dict of keyword
-            arguments, or any other iterable of such batches.
+            arguments, or an iterable of batches in any of these forms.
         site: Site with a channel or feature axis.
         reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
             einops pair that keeps the batch axis and at most one other axis.
@@ -46,8 +46,8 @@ def channel_sums(
     Raises:
         HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
         EditError: If `where` does not match the site's region.
-        ProbeError: If the site has no channels, its batch axis is unknown, there are no inputs, or the first axis of
-            the inputs is not the batch axis.
+        ProbeError: If the site has no channels or an unknown batch axis, there are no inputs, or the first axis of the
+            inputs is not the batch axis.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Predict a label with a threshold on one channel's sum, and measure how well it transfers to shifted data."""
+"""Predict a label with a threshold on one channel's sum, and measure the threshold's transfer to shifted data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ThresholdScores:
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high, n and note."""
+        """Return one dict per quantity, with the keys quantity, estimate, low, high, n and note."""
         return [
             {"quantity": _NAMES[field], **interval_columns(each, "estimate", "low", "high")}
             | {"n": self.n, "note": each.note}
@@ -166,7 +166,7 @@ class ThresholdProbe(Records):
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
-        """Score the threshold on shifted data; return these scores along with those on the held-out half.
+        """Score the threshold on shifted data; return these scores and the scores on the held-out half.
 
         Args:
             sums: Sums of the same channel for shifted inputs, with shape `(input,)`.
@@ -180,7 +180,7 @@ class ThresholdProbe(Records):
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high, n and note."""
+        """Return one dict per quantity on the held-out half, with keys quantity, estimate, low, high, n and note."""
         return self.held_out.to_records()
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -238,9 +238,9 @@ class Transfer(Records):
         )
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with the scores fit and shifted and their difference, drop.
+        """Return one dict per quantity, with the scores `fit` and `shifted` and the difference `drop`.
 
-        Each of the three has an interval and a note.
+        Both scores and the difference have an interval and a note.
         """
         sides = dict(zip(_SIDES, (*self._sides, self.drops), strict=True))
         names = {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
@@ -267,7 +267,7 @@ class Transfer(Records):
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Validate the sums and labels, then split them into one half for fitting and one for scoring."""
+    """Validate the sums and labels, then split the inputs into one half for fitting and one half for scoring."""
     array = finite("sums", sums, ("input",), ProbeError)
     positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)
@@ -280,7 +280,7 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return a threshold between every two neighboring sums, and the numbers of positives and negatives above it.
+    """Return a threshold between every two neighboring sums, and the numbers of positives and negatives above each.
 
     The thresholds are in ascending order. Equal sums have no threshold between them.
     """
@@ -294,7 +294,7 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
 
 
 def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
-    """Test for each threshold whether the precision is at least `least`; return the p-values and which thresholds pass.
+    """Test for each threshold whether the precision is at least `least`; return p-values and a mask of passed tests.
 
     `hits` and `alarms` are the numbers of positives and negatives that each threshold accepts, with the strictest
     threshold first. Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again

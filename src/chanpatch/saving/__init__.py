@@ -1,4 +1,4 @@
-"""Save patches as data, load them without running code, and verify that a patched run is reproduced bit for bit.
+"""Save patches as data, load patches without running code, and verify that a patched run is reproduced bit for bit.
 
 save("channel_55.safetensors", patches, points, inputs=observations)   # with a receipt of the patched run
 patches = load("channel_55.safetensors", points)                       # checked against the hook points

@@ -30,12 +30,12 @@ class Contents(Records):
 
     Attributes:
         patches: Patches in the order in which they are applied.
-        hook_points: For each patch, the module type, axes, shape and dtype of its hook point; None if the site was not
-            traced.
+        hook_points: For each patch, a text with the module type, axes, shape and dtype of the patch's hook point; None
+            if the site was not traced.
         chanpatch: Version of chanpatch that saved the file.
         receipt: Receipt for the run with the patches; None if the patches were saved without inputs.
-        checksum: SHA-256 of the operands and metadata, which is checked when the file is read; None for format 1,
-            which has no checksum.
+        checksum: SHA-256 checksum of the operands and the metadata, which is verified when the file is read; None for a
+            file in format 1, which has no checksum.
     """
 
     patches: tuple[Patch, ...]
@@ -139,7 +139,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
     Args:
         file: Path of a file written by `save`.
         points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match. Each
-            operand is moved to the device of its hook point; if `points` is None, operands stay on the CPU.
+            operand is moved to the device of its patch's hook point; if `points` is None, operands stay on the CPU.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has an unknown format, or does not match
@@ -172,7 +172,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
 
 
 def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module, inputs: Inputs) -> Receipt:
-    """Verify that the run recorded in a file is reproduced bit for bit, and return its receipt.
+    """Verify that the run recorded in a file is reproduced bit for bit, and return the file's receipt.
 
     Args:
         file: Path of a file written by `save` with inputs.
@@ -180,8 +180,8 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         inputs: The inputs that were passed to `save`.
 
     Raises:
-        InterventionError: If the hook points, the weights, the inputs or the patched output differ from those in the
-            file; if the file has no receipt; or for the same reasons as in `load`.
+        InterventionError: If the hook points, the weights, the inputs or the patched output differ from the saved
+            run; if the file has no receipt; or for the same reasons as in `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
@@ -203,7 +203,7 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
 
 
 def contents(file: str | os.PathLike[str]) -> Contents:
-    """Return the contents of a file: patches with operands on the CPU, their hook points, and the receipt.
+    """Return the contents of a file: patches (with operands on the CPU), the patches' hook points, and the receipt.
 
     Raises:
         InterventionError: Same as for `load` without hook points.
@@ -227,7 +227,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
     """Write `content` to a hidden file next to `path`, yield the hidden file's path, and remove the file on exit.
 
-    First, remove hidden files for the same path that killed processes left behind at least a minute ago.
+    First, remove the hidden files that killed processes left behind for the same path at least a minute ago.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # another thread may have removed the file

@@ -5,7 +5,8 @@
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              for Resample, `per` is stored only if it is "step"; files from before the option existed do not contain it
+              for Resample, `per` is stored only if it is "step"; files from before the option existed do not contain
+              `per`
 
 `encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
 which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
@@ -44,7 +45,7 @@ _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clam
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the content of a patch file as bytes. If patches cannot be saved, raise one error that lists them."""
+    """Return the content of a patch file as bytes; raise one error that lists all patches that cannot be saved."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -71,8 +72,8 @@ def decoded(
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
     """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Each operand is moved to the device of its hook point, or to the CPU if that device is unknown. The errors are the
-    same as in `load`.
+    Each operand is moved to the device of its patch's hook point, or to the CPU if that device is unknown. The errors
+    are the same as in `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # if the file cannot be read, Python raises an error here
@@ -147,7 +148,7 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 def _trace_text(saved: Any) -> str | None:
     """Return the text that describes a saved hook point, or None if the site was not traced.
 
-    `saved` is that text or None; in format 1, it is a dict that contains the length of each axis except `batch`.
+    `saved` is the text or None. In a file of format 1, `saved` is a dict with the length of each axis except `batch`.
     """
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)
@@ -158,7 +159,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, because a terminal would interpret them and the file may be untrusted."""
+    """Escape control characters, because a text from an untrusted file could use them to control the terminal."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 

@@ -30,8 +30,8 @@ class Receipt:
     Attributes:
         weights, inputs, output: SHA-256 of the name, dtype, shape and bytes of every tensor in the model's
             `state_dict`, in the inputs, and in the patched output, respectively.
-        environment: Version of torch, devices, number of threads and training mode. These can explain differences in
-            the last bits. The environments of two receipts are not compared.
+        environment: Version of torch, devices, number of threads and training mode. Different environments can
+            explain differences in the last bits of the output, but are ignored when two receipts are compared.
     """
 
     weights: str
@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Run the patched model with random seed 0, and return a receipt. If the output has no tensor, raise an error."""
+    """Run the patched model with random seed 0, and return a receipt; raise an error if the output has no tensor."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
@@ -56,7 +56,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
 
 
 def _seed(model: nn.Module) -> None:
-    """Set the seed of all random number generators that `undisturbed` restores to 0."""
+    """Set seed 0 in every random number generator that `undisturbed` restores."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)

@@ -1,7 +1,8 @@
 """Intervals and tests for proportions, differences, rankings and samples, built on scipy.
 
-A paired comparison counts the pairs in which both inputs succeeded, only the first, only the second, or neither. The
-first axis of a sample has one row per input, level or pair. Rows with the same label in `clusters` are not independent.
+A paired comparison counts the pairs in which both inputs, only the first input, only the second input, or neither input
+succeeded. The first axis of a sample has one row per input, level or pair. Rows with the same label in `clusters` are
+not independent.
 """
 
 from .comparisons import (

@@ -19,7 +19,7 @@ _ROUNDING = 1e-12  # rounding error of `parts - estimate * totals`, relative to 
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
-    """Compute each channel's area under the ROC curve (AUC), without intervals. This is fast enough for a bootstrap.
+    """Compute each channel's area under the ROC curve (AUC), without intervals; fast enough for a bootstrap.
 
     Args:
         scores: Finite numbers with shape `(input, channel)`, such as the sums from `chanpatch.channel_sums`.
@@ -87,7 +87,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
 
     Args:
         first: One finite number per input.
-        second: One finite number per input to correlate with the first.
+        second: One finite number per input to correlate with `first`.
         strata: Stratum label for each input, or None if all inputs form one stratum.
 
     Returns:
@@ -120,9 +120,10 @@ def stratified_difference_interval(
 ) -> Interval:
     """Compare the success rates of two groups within strata: return the difference and its 95% bootstrap interval.
 
-    Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
-    one group are excluded; the others are combined with Mantel-Haenszel weights. With six to nine successes or failures
-    in the combined strata, the interval's note is `"few"`; with fewer than six, the interval is withheld.
+    Use this function to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata
+    with only one group are excluded; the other strata are combined with Mantel-Haenszel weights. If the rarer outcome
+    (success or failure) occurs six to nine times in the combined strata, the interval's note is `"few"`; if the rarer
+    outcome occurs fewer than six times, the interval is withheld.
 
     Args:
         success: One boolean (or 0 or 1) per input.
@@ -174,12 +175,12 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
 
     Args:
         part: Effect of the part on each input, such as a change in log odds, with shape `(input, ...)`.
-        total: Total effect on the same inputs, with the same shape.
+        total: Total effect on each of the same inputs, with the same shape as `part`.
         clusters: Same as for `mean_interval`.
 
     Returns:
-        An interval of floats if the samples have one axis, otherwise of arrays with the remaining axes. The estimate is
-        NaN if the mean total is 0.
+        An interval of floats if `part` and `total` have one axis, otherwise of arrays with the remaining axes. The
+        estimate is NaN if the mean of `total` is 0.
 
     Raises:
         StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.

@@ -63,8 +63,8 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
     withheld, the result is False.
 
     Args:
-        difference: Difference and its interval, or arrays of differences and intervals.
-        margin: Largest negligible difference, in the same unit. Choose the margin before seeing the data.
+        difference: Interval for one difference, or for an array of differences; the result then has the array's shape.
+        margin: Largest negligible difference, in the unit of `difference`. Choose the margin before seeing the data.
 
     Raises:
         StatisticsError: If the margin is not positive.

@@ -23,8 +23,8 @@ class MaxT:
 
     Attributes:
         p: P-value for each channel, corrected for the number of channels.
-        interval: Simultaneous interval for each mean. Unless it is withheld, it excludes 0 if and only if `p` is at
-            most `1 - confidence`.
+        interval: Simultaneous interval for each channel's mean. An interval that is not withheld excludes 0 if and only
+            if the channel's `p` is at most `1 - confidence`.
     """
 
     p: Any
@@ -41,11 +41,11 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
 ) -> MaxT:
     """Test all channels' mean differences at once; p-values and intervals are valid even for the largest difference.
 
-    Each flip draws one sign per pair or cluster, multiplies its differences in all channels by that sign, and records
-    the largest absolute t statistic over channels. A channel's corrected p-value is the fraction of flips whose largest
-    t is at least as large as the channel's own t. The half-width of the intervals, in standard errors, is the
-    `confidence` quantile of the largest t. The test is exact if the differences are symmetric around zero: if no
-    channel differs, the probability of any false claim is then at most `1 - confidence`.
+    Each flip draws one sign per pair or cluster, multiplies the differences of that pair or cluster in all channels by
+    the sign, and records the largest absolute t statistic over channels. A channel's corrected p-value is the fraction
+    of flips whose largest t is at least as large as the channel's own t. The half-width of the intervals, in standard
+    errors, is the `confidence` quantile of the largest t. The test is exact if the differences are symmetric around
+    zero in every channel: the probability that any `p` is at most `1 - confidence` is then at most `1 - confidence`.
 
     Args:
         differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
@@ -53,9 +53,9 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
         confidence: Nominal joint coverage of all intervals, between 0 and 1.
 
     Returns:
-        Floats if `differences` has one axis, otherwise arrays with the remaining axes. P-values are NaN for channels
-        that contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
-        withheld as in `mean_interval`.
+        P-values and intervals: floats if `differences` has one axis, otherwise arrays with the remaining axes. P-values
+        are NaN for channels that contain NaN or infinity, and for all channels if there are fewer than six pairs or
+        clusters. Intervals are withheld for the same reasons as in `mean_interval`.
 
     Raises:
         StatisticsError: If there are no pairs, or another argument is invalid.
@@ -115,10 +115,11 @@ def sign_flip_test(
 ) -> Any:
     """Return each channel's two-sided p-value for the null hypothesis that differences are symmetric around zero.
 
-    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. If
-    there are at most `2 * resamples` patterns, all are used; otherwise, `resamples` patterns are drawn and the observed
-    pattern is added. For skewed differences with mean zero, the test is approximate and improves with more pairs. The
-    p-values are not corrected for the number of channels; use `max_t_test` for that.
+    A sign pattern multiplies each difference by 1 or -1. The p-value is the fraction of sign patterns for which the
+    resulting mean is at least as far from zero as the observed mean. If there are at most `2 * resamples` patterns, all
+    patterns are used; otherwise, `resamples` patterns are drawn and the observed pattern is added. For skewed
+    differences with mean zero, the test is approximate and improves with more pairs. The p-values are not corrected for
+    the number of channels; use `max_t_test` for that.
 
     Args:
         differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
@@ -159,7 +160,8 @@ def sign_flip_test(
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
     """Return the number of sign patterns to use for `many` clusters, and whether these patterns are complete.
 
-    They are complete if they include every pattern or its mirror image, which has the same absolute mean.
+    The patterns are complete if they include, for every pattern, the pattern or its mirror image (with the same
+    absolute mean).
     """
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)

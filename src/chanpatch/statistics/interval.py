@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
-FEWEST = 6  # minimum number of independent rows for an interval or a sign-flip test: with fewer, p is above 0.05
+FEWEST = 6  # minimum number of independent rows for an interval or a sign-flip test: with fewer, every p is above 0.05
 FEW = 10  # with fewer independent rows, skewness cannot be estimated
 
 
@@ -29,8 +29,8 @@ class Interval(Generic[Number]):
         estimate: Point estimate.
         low, high: Both endpoints of the interval; NaN if the interval is withheld.
         confidence: Nominal coverage.
-        note: `"few"` if there are six to nine independent rows, the reason if the interval is withheld, otherwise an
-            empty string. With many channels, an array of such strings.
+        note: `"few"` if there are six to nine independent rows, the reason why a withheld interval is withheld,
+            otherwise an empty string. With many channels, an array with one string per channel.
     """
 
     estimate: Number
@@ -41,7 +41,7 @@ class Interval(Generic[Number]):
 
 
 def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
-    """Return a whole number as an int; raise `error` if the number is not whole or is less than `least`."""
+    """Return `number` as an int; raise `error` if `number` is not a whole number or is less than `least`."""
     try:
         found = operator.index(number)
     except TypeError:
@@ -52,7 +52,7 @@ def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = 
 
 
 def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
-    """Return the intervals for the channels with the given indices."""
+    """Return the intervals for the channels whose indices are given in `rows`."""
     estimate, low, high = (each[list(rows)] for each in (interval.estimate, interval.low, interval.high))
     return Interval(estimate, low, high, interval.confidence, interval.note[list(rows)])
 
@@ -60,8 +60,8 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 def too_few(independent: int, kind: str = "rows") -> str:
     """Return the note for an interval that is based on the given number of independent rows.
 
-    The note is either the reason why the interval is withheld, or `"few"`, or an empty string. `kind` is the noun to
-    use instead of rows, such as `"clusters"`.
+    The note is the reason why the interval is withheld if there are fewer than six rows, `"few"` if there are six to
+    nine, otherwise an empty string. `kind` is the noun for the rows in the note, such as `"clusters"`.
     """
     if independent < FEWEST:
         return f"{independent} independent {kind}, fewer than {FEWEST}"
@@ -69,7 +69,7 @@ def too_few(independent: int, kind: str = "rows") -> str:
 
 
 def few_others(others: Any, rows: int) -> Any:
-    """Return whether too few of the rows differ from the median row to estimate the spread.
+    """Return whether so few rows differ from the median row that the spread of the rows cannot be estimated.
 
     `others` is the number of rows that differ from the median row, and `rows` is the number of all rows.
     """
@@ -77,7 +77,7 @@ def few_others(others: Any, rows: int) -> Any:
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return a dict that maps three names to an interval's estimate, low and high, or to None without an interval."""
+    """Return a dict from three names to an interval's estimate, low and high, or to None if `interval` is None."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 
@@ -85,7 +85,10 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
 ) -> Floats:
-    """Return values as floats; raise `error` if a value is not finite or the array does not have the given axes."""
+    """Return `values` as an array of floats; raise `error` if a value is not finite.
+
+    If `axes` contains names, also raise `error` if the array does not have exactly one nonempty axis per name.
+    """
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise error(f"{name} must have nonempty axes ({', '.join(axes)}); got shape {array.shape}.")
@@ -95,7 +98,7 @@ def finite(
 
 
 def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
-    """Return labels as booleans, one per input; raise `error` if either label occurs fewer than `fewest` times."""
+    """Return labels as booleans, one per input; raise `error` if True or False occurs fewer than `fewest` times."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
         raise error(
@@ -112,7 +115,7 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if they contain other values."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if a label has another value."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
@@ -120,9 +123,10 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def quantile(confidence: float, freedom: int | None = None) -> float:
-    """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
+    """Return the two-sided critical value of the normal distribution or, given `freedom`, of Student's t distribution.
 
-    A fraction `confidence` of the distribution lies between minus this value and this value.
+    A fraction `confidence` of the distribution lies between minus the critical value and the critical value. `freedom`
+    is the number of degrees of freedom.
     """
     import scipy.stats
 

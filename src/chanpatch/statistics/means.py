@@ -18,10 +18,10 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     """Return the mean of a sample and its confidence interval, for each channel separately.
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
-    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is
-    Student's t interval, and its note is `"few"`. The interval is withheld if there are fewer than six independent rows
-    or clusters, fewer than six of them have a nonzero value, or most of them are equal. In that case, both endpoints of
-    the interval are NaN, and its note contains the reason.
+    skewness by Hall's transformation. Such an interval is valid for symmetric and skewed samples. With six to nine
+    independent rows, the interval is Student's t interval, and the note is `"few"`. The interval is withheld if there
+    are fewer than six independent rows or clusters, if fewer than six rows or clusters have a nonzero value, or if most
+    rows or clusters are equal. A withheld interval has NaN as both endpoints, and the note contains the reason.
 
     Args:
         sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`. The
@@ -52,7 +52,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 
 def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
-    """Return the lower and upper limits for the mean, even if `mean_interval` would withhold them."""
+    """Return the lower and the upper limit for each channel's mean, even if `mean_interval` withholds the interval."""
     many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -76,7 +76,7 @@ def mean(rows: Floats) -> Floats:
 
 
 def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
-    """Invert Hall's skewness correction, a cubic transformation: return the t statistic that it transforms to `t`."""
+    """Return the t statistic that Hall's skewness correction, a cubic transformation, maps to `t`."""
     bend = skewness / (3 * many**0.5)
     shifted = t - skewness / (6 * many**0.5)
     bent: Floats = (np.cbrt(1 + 3 * bend * shifted) - 1) / np.where(bend == 0, 1.0, bend)
@@ -86,9 +86,9 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
     """Return differences without rounding error, with shape `(row, ...)`.
 
-    `size` contains the magnitudes of the numbers that were subtracted. A difference is set to 0, or to the channel's
-    median difference, if it is close to that number: within `rounding` times the row's own size or the median size,
-    whichever is larger.
+    `size` contains the magnitudes of the numbers that were subtracted. A difference close to 0 is set to 0, and a
+    difference close to the channel's median difference is set to the median. "Close" means within `rounding` times the
+    difference's own size or the channel's median size, whichever is larger.
     """
     size = np.where(np.isfinite(size), np.abs(size), 0.0)
     slack = rounding * np.maximum(size, np.median(size, axis=0))
@@ -117,7 +117,7 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
     """Return an interval with the given note.
 
-    Both endpoints are NaN if the note is a reason to withhold the interval, or if one of the endpoints is not finite.
+    Both endpoints are set to NaN if the note is a reason to withhold the interval, or if `low` or `high` is not finite.
     """
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
@@ -127,9 +127,9 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
 
 
 def limited(interval: Interval[Any], independent: int, kind: str) -> Interval[Any]:
-    """Return an interval that is marked `"few"` or withheld if it is based on too few independent inputs.
+    """Return the interval; if there are too few independent inputs, mark the interval `"few"` or withhold it.
 
-    `independent` is the number of these inputs, and `kind` is the noun for them in the note.
+    `independent` is the number of independent inputs, and `kind` is the noun for these inputs in the note.
     """
     note = too_few(independent, kind)
     notes = np.where(np.isin(interval.note, ("", "few")) & (note != ""), note, interval.note)
@@ -147,7 +147,7 @@ def totals(rows: Floats, cluster: Rows) -> Floats:
 
 
 def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
-    """For each channel, return the number of clusters that contain at least one marked row."""
+    """For each channel, return the number of clusters with at least one row that is True in `marked`."""
     count: Rows = (totals(marked.astype(np.float64), cluster) > 0).sum(axis=0)
     return count
 

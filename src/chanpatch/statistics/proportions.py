@@ -47,12 +47,12 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Count the pairs in which both inputs succeeded, only the first, only the second, or neither.
+    """Count the pairs in which both inputs, only the first input, only the second input, or neither input succeeded.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
     Raises:
-        StatisticsError: If the arguments are not booleans, one per pair.
+        StatisticsError: If an argument does not have one boolean per pair, or if the lengths differ.
 
     Example:
         >>> paired_counts([True, True, False], [True, False, False])
@@ -70,9 +70,9 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value for equality of two paired proportions (McNemar's test); 1 if no pair differs.
+    """Return the two-sided exact p-value for equality of two paired proportions (McNemar's test).
 
-    The arguments are counts from `paired_counts`.
+    The arguments are counts from `paired_counts`. If both counts are 0, the p-value is 1.
 
     Raises:
         StatisticsError: If a count is invalid.
@@ -96,9 +96,10 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
-    The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
-    width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer than six, the
-    interval is withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
+    The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so the
+    interval's width is nonzero even if the two outcomes agree in every pair. With six to nine pairs, the note is
+    `"few"`; with fewer than six, the interval is withheld. The counts come from `paired_counts`, and `confidence` is
+    the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is invalid, or all counts are 0.
@@ -152,11 +153,11 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision at another base rate, by Bayes' rule, and its interval in [0, 1].
+    """Return the precision that a classifier would have at the given base rate, and its interval in [0, 1].
 
     Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
-    at the same base rate. The interval treats the base rate as known. If no input was accepted, the precision is NaN
-    and its interval is 0 to 1.
+    at the same base rate. The precision is computed by Bayes' rule. The interval treats the base rate as known. If no
+    input was accepted, the precision is NaN and its interval is 0 to 1.
 
     Args:
         true_positive_rate: Fraction of positives that are accepted, and its interval.
@@ -195,7 +196,7 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
     """Return both endpoints of the interval for a difference, first minus second.
 
     For each endpoint, each estimate's distance to one endpoint of its own interval is computed, and the two distances
-    are combined by the law of cosines.
+    are combined by the law of cosines, with `correlation` as the cosine.
     """
 
     def distance(x: float, y: float) -> float:
@@ -211,7 +212,8 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
     """Return the lower endpoint of the interval for the ratio `above / below`.
 
-    At this ratio, the interval for the difference `above - ratio * below` has lower endpoint 0.
+    At this ratio, the interval for the difference `above - ratio * below` has lower endpoint 0. `above_low` and
+    `below_high` are endpoints of the intervals for `above` and `below`.
     """
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)

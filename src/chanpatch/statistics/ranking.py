@@ -22,7 +22,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
     Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies between
     0 and 1 and allows the two groups to differ in variance. If six to nine inputs have the rarer label, the
-    interval's note is `"few"`; if fewer than six have it, the interval is withheld.
+    interval's note is `"few"`; if fewer than six inputs have the rarer label, the interval is withheld.
 
     Args:
         scores: One finite number per input.
@@ -88,7 +88,7 @@ def placement_margin(positive: Floats, negative: Floats, confidence: float) -> f
 
 
 def separated(positive: Floats, negative: Floats) -> bool:
-    """Return whether most placements in one of the groups are equal, so that their variance cannot be estimated."""
+    """Return whether most placements in at least one group are equal, so that the group's variance is unknown."""
     groups = (positive, negative)
     return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
@@ -112,14 +112,14 @@ def areas(scores: Floats, positive: Booleans) -> Floats:
 class Rank:
     """Rank of an effect among the effects of controls.
 
-    Rank 1 is the effect with the largest absolute value. If the rank was computed with the alternative `"greater"` or
-    `"less"`, rank 1 is the largest or the lowest effect.
+    Rank 1 is the effect with the largest absolute value. If the rank was computed with the alternative `"greater"`,
+    rank 1 is the largest effect; with `"less"`, rank 1 is the lowest effect.
 
     Attributes:
-        rank: 1 plus the number of controls that rank at least as high, from 1 to `controls + 1`.
+        rank: 1 plus the number of controls that rank at least as high as the effect, from 1 to `controls + 1`.
         controls: Number of controls.
         p: `rank / (controls + 1)`, or None if `no_p` gives a reason, such as fewer than 19 controls.
-        no_p: Reason why there is no p-value; empty if there is one.
+        no_p: Reason why there is no p-value; an empty string if there is a p-value.
     """
 
     rank: int
@@ -136,13 +136,14 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
     The p-value is the fraction of all effects (this effect and the controls) that rank at least as high as this effect.
-    The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
-    controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude channels that
+    The p-value is meaningless if the patched channel was selected for its large effect, or if the patched channel and
+    the controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude controls that
     encode the opposite feature.
 
     Args:
         effect: Effect of the patch to rank, a finite number.
-        controls: Effects of the controls in the same unit, with shape `(control,)`. Ties count against the effect.
+        controls: Effects of the controls, in the unit of `effect`, with shape `(control,)`. Ties count against the
+            effect.
         alternative: Which effect has rank 1: the effect with the largest absolute value (`"two-sided"`), the largest
             effect (`"greater"`) or the lowest effect (`"less"`).
 
@@ -200,7 +201,7 @@ def ranks_among(
 def ranked_records(
     records: Iterable[dict[str, Any]], ranks: Iterable[Rank | None], controls: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Add ranks to the records of effects. Return these records, followed by those of controls, which have no ranks."""
+    """Return the records of effects, with ranks added, followed by the records of controls, which have no ranks."""
     none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
     ranked = [
         {**record, "control": False, **(none if rank is None else {"rank": rank.rank, "p": rank.p, "no_p": rank.no_p})}

@@ -26,9 +26,10 @@ def bootstrap_interval(
     """Return a statistic of a sample and its bootstrap interval. For a mean, use `mean_interval` instead.
 
     The interval is bias-corrected and accelerated (BCa), at an expanded level that makes intervals for means of normal
-    data as wide as Student's t interval. With six to nine rows, the note is `"few"`. The interval is withheld if
-    there are fewer than six independent rows or clusters, if all resamples give the same number, or if a resample
-    gives a number that is not finite. In that case, both endpoints are NaN, and the note contains the reason.
+    data as wide as Student's t interval. With six to nine independent rows, the note is `"few"`. The interval is
+    withheld if there are fewer than six independent rows or clusters, if all resamples give the same number, or if a
+    resample gives a number that is not finite. A withheld interval has NaN as both endpoints, and the note contains the
+    reason.
 
     Args:
         sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`.
@@ -77,7 +78,10 @@ def bootstrap_interval(
 
 
 def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
-    """Return the row numbers of two random halves, stratified by labels with shape `(input,)` or `(input, label)`."""
+    """Split inputs into two random halves, stratified by their labels; return the row numbers of each half.
+
+    `labels` has shape `(input,)` or, if an input has several labels, `(input, label)`.
+    """
     generator = np.random.default_rng(whole("seed", seed))
     kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = generator.permutation(len(labels))
@@ -110,6 +114,6 @@ def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Fl
 
 
 def _quantile(sample: Floats, level: Floats) -> Floats:
-    """Return each channel's quantile at that channel's own level, interpolated between the sample's numbers."""
+    """Return each channel's quantile at that channel's own level. `sample` has shape `(resample, ...)`."""
     channels = zip(sample.reshape(len(sample), -1).T, level.reshape(-1), strict=True)
     return np.array([np.quantile(*channel) for channel in channels]).reshape(level.shape)
