@@ -1,4 +1,4 @@
-"""Ways to change a forward pass other than `Station`: call observers, taps, wrapped methods, disabled sessions."""
+"""Ways to observe or change a forward pass without a `Station`: call observers, taps and wrapped methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .hooks import STAGES, RunEagerly, Station, Undoable, drop, keys_of
 
 @contextmanager
 def left_twice(context: Undoable) -> Iterator[None]:
-    """Enter a context, and leave the context twice, in case an interrupt arrives when the first exit begins."""
+    """Open `context`, and close it twice at the end, because an interrupt may stop the first attempt to close it."""
     try:
         with context:
             yield
@@ -25,11 +25,10 @@ def left_twice(context: Undoable) -> Iterator[None]:
 
 
 class Observed(Undoable):
-    """While the context is open, run `on_tap` at every tap, and the other callbacks at every call to a given module.
+    """Context that runs callbacks at every call to one of the given modules, and at every tap.
 
-    Calls to copies of the modules do not run the callbacks.
-
-    `on_inputs` receives (module, args, kwargs), `on_output` (module, output), and `on_tap` (name, tensor).
+    Before a module runs, `on_inputs` receives (module, args, kwargs). After a module has run, `on_output` receives
+    (module, output). At a tap, `on_tap` receives (name, tensor). Calls to copies of the modules run no callbacks.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ _tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak refe
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Turn a tensor in a `forward` method into a hook point, and return the tensor (patched, if a patch is active).
+    """Turn a tensor in a `forward` method into a hook point. Return the tensor with all active patches applied.
 
     Args:
         name: Name of the hook point. If the tap runs several times per forward pass, the hook points are `name#0`,
@@ -117,9 +116,9 @@ def forget_taps(session: Any) -> None:
 
 
 class WrappedMethod(Undoable):
-    """While the context is open, make each call to a module's method run `around(method, *args, **kwargs)` instead.
+    """Context in which a call to a module's method runs `around(method, *args, **kwargs)` instead of the method.
 
-    Several contexts may wrap the same method, and may close in any order.
+    Several open contexts may wrap the same method, and these contexts may close in any order.
     """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
@@ -143,7 +142,7 @@ class WrappedMethod(Undoable):
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a module's method and runs the functions in `around`.
+    """Instance attribute that shadows a module's method. A call runs the functions in `around` around the method.
 
     A copy of the module gets the original method instead of the wrapper.
     """
@@ -164,7 +163,7 @@ class _MethodWrapper:
 
 
 class DisabledSessions(Undoable):
-    """Context in which the listeners of the given sessions do not run; overlapping contexts may close in any order."""
+    """Context in which the listeners of the given sessions do not run. Several open contexts may close in any order."""
 
     def __init__(self, sessions: Iterable[Any]) -> None:
         self._sessions, self._token = tuple(sessions), object()
@@ -181,7 +180,7 @@ class DisabledSessions(Undoable):
 
 
 class Interrupted(DisabledSessions):
-    """Context for a forward pass inside another forward pass of a model. All sessions on the model are disabled."""
+    """Context for running a model inside another forward pass of that model. All sessions on the model are disabled."""
 
     def __init__(self, model: nn.Module) -> None:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]

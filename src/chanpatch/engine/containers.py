@@ -19,12 +19,12 @@ from .paths import Attr, Item, _children, get, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return the patched output. A container that was also an argument is patched in place instead of copied.
+    """Return a module's patched output. A container that the module received as an argument is not copied.
 
-    `before` is the unpatched output, `after` is the patched output with copied containers, `given` contains the
-    module's arguments, and `users` contains the ids of the objects that the user passed to the model. If the user
-    passed both a container and the replaced tensor, the container is still copied, because the user may pass that
-    container again.
+    Patched tensors are written into such a container, so that the caller sees them. `before` is the unpatched output,
+    `after` is the patched output, in which containers are copies, `given` contains the module's arguments, and `users`
+    contains the ids of the objects that the user passed to the model. If the user passed both the container and the
+    tensor to be replaced, the container is still copied, because the user may pass the same container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -49,7 +49,10 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (original, copy) for each mutable container in `before` that was copied to make the patched `after`."""
+    """Yield (original, copy) for each mutable container in `before` whose counterpart in `after` is a copy.
+
+    `before` contains the original inputs, and `after` the patched inputs.
+    """
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
@@ -59,9 +62,9 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return the arguments with each original container replaced by its copy.
+    """Return the pair `arguments`, which is (args, kwargs), with containers replaced by their copies.
 
-    `arguments` is a pair (args, kwargs), and `copied` contains pairs (original, copy).
+    `copied` contains pairs (original, copy). A container inside another argument is not replaced.
     """
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
@@ -70,19 +73,19 @@ def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
 
 
 def contents(container: Any) -> list[Any]:
-    """Return the entries and attributes of a container."""
+    """Return a list of a container's entries and of the values of the container's attributes."""
     attributes = () if is_tensordict(container) else getattr(container, "__dict__", {}).values()
     return [*(child for _, child in _children(container)), *attributes]
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether a container still contains the objects in `before`, and nothing else."""
+    """Return whether a container still has exactly the entries and attribute values in `before`."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def containers(tree: Any) -> Iterator[Any]:
-    """Yield all mutable containers in a nested input or output."""
+    """Yield all mutable containers at any depth of an input or output, including the outermost container."""
     if isinstance(tree, Tensor):
         return
     if _is_mutable(tree):
@@ -109,12 +112,15 @@ def _put(container: Any, step: Item | Attr, child: Any) -> None:
 
 
 def patched_tensors(places: Iterable[Any], output: Any) -> list[tuple[Any, Tensor, int | None]]:
-    """Return (place, tensor, version) for each patched tensor in an output."""
+    """Return (place, tensor, version) for each given place. The version counts the in-place writes to the tensor."""
     return [(place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None]
 
 
 def refuse_replaced(patched: Iterable[tuple[Any, Tensor, int | None]], output: Any, others: Iterable[object]) -> None:
-    """Raise UnsupportedModelError if one of the other hooks on a module replaced or modified a patched tensor."""
+    """Raise UnsupportedModelError if a patched tensor in an output was replaced or modified in place.
+
+    `patched` is the result of `patched_tensors`. `others` are the hooks that may have done so, for the message.
+    """
     for place, tensor, version in patched:
         with suppress(LookupError, AttributeError, TypeError):
             if get(output, place.path) is tensor and _version(tensor) == version:

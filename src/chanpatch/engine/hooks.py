@@ -36,8 +36,8 @@ STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of t
 class Station:
     """The hooks on one module, and the listeners attached to that module.
 
-    Each listener has a session, a place and a stage. The station calls the session's `begin` and `end` when a root call
-    may begin or end, and `enter_call` and `leave_call` around every call to the module.
+    Each listener has a session, a place and a stage. The station calls the session's `begin` and `end` if a call to the
+    module may be a root call, and `enter_call` and `leave_call` around every call to the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,7 +60,7 @@ class Station:
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station if the station's hooks are on the module."""
+        """Return the module's station, or None if the module has no hooks from a station of its own."""
         for hook in module._forward_pre_hooks.values() if module._forward_pre_hooks else ():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
@@ -68,7 +68,7 @@ class Station:
 
     @staticmethod
     def on(module: nn.Module) -> Station:
-        """Return the module's station; if no session is attached, put the station's hooks on the module."""
+        """Return the module's station. If no session is attached yet, first put the station's hooks on the module."""
         station = Station.of(module) or _idle.pop(id(module), None) or Station(module)
         if not station.is_open:
             vars(station).pop("inside", None)
@@ -87,7 +87,7 @@ class Station:
 
     @functools.cached_property
     def inside(self) -> frozenset[int]:
-        """Ids of the module and all its submodules."""
+        """Ids of the module and of all its submodules."""
         module = self._module()
         return frozenset() if module is None else frozenset(map(id, module.modules()))
 
@@ -97,7 +97,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the module is running inside another call to the same module."""
+        """Return whether the module is called inside another call to the same module."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -114,7 +114,7 @@ class Station:
                 (self._on_inputs if listener.place.side == "in" else output).append(listener)
 
     def remove(self, session: Any) -> None:
-        """Detach a session. If no session remains, also remove the hooks from the module and from its copies."""
+        """Detach a session. If no session remains, also remove the hooks from the module and the module's copies."""
         self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -130,12 +130,12 @@ class Station:
                 _idle[self.module_id] = self
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Register copies of the module found in a `deepcopy` memo, so that `remove` also removes the copies' hooks."""
+        """Register the module's copies in a `deepcopy` memo, so that `remove` also removes hooks from these copies."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
     def has_hooks(self, module: nn.Module) -> bool:
-        """Return whether the module still has all of this station's forward hooks."""
+        """Return whether all of this station's forward hooks are still on the module."""
         return all(key in module._forward_hooks for key in self._keys[: self._hooks])
 
     def order(self) -> None:
@@ -145,7 +145,7 @@ class Station:
             hooks.move_to_end(self._keys[0])
 
     def _order_output(self, module: nn.Module) -> None:
-        """Make output patches run before all other forward hooks, and output recordings after all of them."""
+        """Make output patches run before all other forward hooks, and output recordings after all other hooks."""
         self._put(module, 0, self._first)
         self._put(module, 1, self._last)
 
@@ -218,7 +218,7 @@ class Station:
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Pass the output through the listeners and return the result. If a listener fails, end the call as failed."""
+        """Pass the output through all listeners, and return the result. If a listener fails, end the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)
@@ -228,7 +228,7 @@ class Station:
         return output
 
     def _has_failed(self) -> bool:
-        """Return whether the current call to the module is ending with an exception."""
+        """Return whether the current call to the module has raised an exception."""
         error = sys.exc_info()[1]
         return error is not None and bool(self._errors_before) and error is not self._errors_before[-1]
 
@@ -252,7 +252,7 @@ _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
 class _Hook:
-    """Hook that a module shares with its copies. The copies raise an error if called while a context is open."""
+    """Hook that a module shares with its copies. While a context is open, calling a copy raises an error."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run = station, run
@@ -285,7 +285,7 @@ def drop_hooks(model: nn.Module) -> None:
 
 
 def keys_of(module: nn.Module, ours: Callable[[Any], bool]) -> list[Any]:
-    """Return the keys of the module's hooks for which `ours` returns True."""
+    """Return the keys of those forward hooks and pre-hooks of a module for which `ours` returns True."""
     hooks: Any = (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
     return [key for key, hook in hooks if ours(hook)]
 
@@ -303,9 +303,9 @@ def drop(module: nn.Module, keys: Iterable[Any]) -> None:
 
 
 class Undoable:
-    """Context whose `_undo` is repeated after an interrupt, and runs when the context is freed while it is open."""
+    """Context whose `_undo` is repeated after an interrupt. `_undo` also runs if the context is freed while open."""
 
-    # Nothing that a context changes may refer to the context itself, which would then not be freed.
+    # Nothing that a context changes may refer to the context, because the context would then not be freed.
 
     _is_open = False
 
@@ -313,7 +313,7 @@ class Undoable:
         """Enter the context."""
 
     def _undo(self) -> object:
-        """Leave the context. This method may be called again, also if `_do` or `_undo` was interrupted."""
+        """Leave the context. It must be safe to call this method repeatedly, and after an interrupted `_do`."""
 
     def __enter__(self) -> None:
         self._is_open = True
@@ -338,7 +338,7 @@ class Undoable:
 
 
 class RunEagerly(Undoable):
-    """Context in which compiled code runs eagerly, so that hooks take effect; contexts may close in any order."""
+    """Context in which compiled code runs eagerly, so that hooks take effect. Open contexts may close in any order."""
 
     def __init__(self) -> None:
         self._token = object()
@@ -371,14 +371,14 @@ is_compiling = torch.compiler.is_dynamo_compiling  # looked up once, because eve
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; if a model is being compiled, exclude the function from compilation."""
+    """Return the function. If a model is being compiled, return a wrapper that torch does not compile instead."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise UnsupportedModelError if the hook point `name` is patched inside `torch.utils.checkpoint`.
+    """Raise UnsupportedModelError if the patch at the hook point `name` runs inside `torch.utils.checkpoint`.
 
     The backward pass of a checkpoint reruns modules outside the root call.
     """

@@ -20,9 +20,9 @@ def batches(
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     """Yield the positional and keyword arguments for each forward pass.
 
-    A tensor, TensorDict, tuple of positional arguments or mapping of keyword arguments is split along the first axis of
-    each tensor. Tensors that all inputs share are not split; `shared` maps the path of each such tensor to its length.
-    If `inputs` is any other iterable, each of its items is one batch.
+    If `inputs` is a tensor, a TensorDict, a tuple of positional arguments or a mapping of keyword arguments, each
+    tensor in `inputs` is split along the tensor's first axis. Tensors that all inputs share are not split; `shared`
+    maps the path of each such tensor to the tensor's length. If `inputs` is any other iterable, each item is one batch.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -33,9 +33,10 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return (first, inputs): a list that contains the first batch, and all inputs, including the first batch.
+    """Return a list with the first batch, and all inputs, including the first batch.
 
-    The list is empty if there are no inputs. The returned inputs replace `inputs`, which may be a used iterator.
+    The list is empty if there are no inputs. Use the returned inputs instead of the argument `inputs`, which may be an
+    iterator whose first batch has been consumed.
     """
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
@@ -50,7 +51,7 @@ def input_count(inputs: Inputs) -> int:
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Yield batches: the tensors that have one entry per input are split, and all other arguments are repeated."""
+    """Yield batches. Tensors that have one entry per input are split. Each batch contains all other arguments whole."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -62,7 +63,10 @@ def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[A
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy the positional and keyword arguments for a model, so that the model cannot modify the originals."""
+    """Return copies of the positional and keyword arguments for a model, so that the model cannot modify the originals.
+
+    The copies are returned as a pair (args, kwargs).
+    """
     copies: Any = (inputs, dict(keywords))
     for path, tensor in [*leaves(copies)]:
         copies = replace(copies, path, tensor.clone())
@@ -72,13 +76,14 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of an argument, such as a key-value cache, that contains the copied tensors in the memo.
+    """Return a copy of an argument, such as a key-value cache. Tensors with an id in `memo` are not copied again.
 
-    An argument that is a module or cannot be copied is returned unchanged.
+    If the argument is a module, or cannot be copied, return the argument itself.
 
     Raises:
-        UnsupportedModelError: If the argument is a custom object with tensors that require gradients. The model may
-            change such an object, for example extend a key-value cache, and then every later forward pass differs.
+        UnsupportedModelError: If the argument is a custom object that contains tensors that require gradients. The
+            model may change such an object, for example extend a key-value cache. Every later forward pass would then
+            have different inputs.
     """
     if isinstance(argument, nn.Module):  # a module may be part of the model
         return argument

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 class Published:
     """Information for patches about the rows in a forward pass and, in a rollout, about the episodes.
 
-    One object is created per step, so creation must be cheap.
+    A new object is created in every step of a rollout, so creation must be cheap.
     """
 
-    rows: NDArray[np.int64] | None = None  # index of each row; None means 0, 1, 2, ...
+    rows: NDArray[np.int64] | None = None  # number of each row (in a rollout, of its episode); None means 0, 1, 2, ...
     step: int | None = None  # step of the rollout; None outside a rollout
     label: Any = None  # name of the policy, or label of the patches
     environments: NDArray[np.int64] | None = None  # sub-environment of each row; None outside a rollout
     sampling_seed: int = 0
     seeds: NDArray[Any] | None = None  # seed of each episode; None outside a rollout
-    repetitions: Sequence[int] = ()  # number of earlier episodes with the same seed, for each episode
+    repetitions: Sequence[int] = ()  # for each episode, the number of earlier episodes with the same seed
     infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environment indices to infos
     repeated: bool = False  # whether a rollout repeats a step, as a check; repeated steps are not recorded
-    forwards: dict[int, int] = field(default_factory=dict)  # index of the last root call in this step, by session id
+    forwards: dict[int, int] = field(default_factory=dict)  # by session id: index of the last root call in this step
 
     def cut(self, rows: slice, label: Any) -> Published:
-        """Return a copy that keeps only the given rows and has a new label."""
+        """Return a copy with the given label and with information about only the given rows."""
         numbers, environments = (None if each is None else each[rows] for each in (self.rows, self.environments))
         return replace(self, label=label, rows=numbers, environments=environments)
 
@@ -48,7 +48,7 @@ published = _Current()
 
 @contextmanager
 def publishing(now: Published) -> Iterator[None]:
-    """While the context is open, give patches access to the rows and the episodes in `now`."""
+    """Context in which patches have access to the information about rows and episodes in `now`."""
     before = published.now
     published.now = now
     try:
@@ -58,7 +58,7 @@ def publishing(now: Published) -> Iterator[None]:
 
 
 def forward_context(*, rows: Any = None, **others: Any) -> AbstractContextManager[None]:
-    """Return `publishing` for a new Published with the given fields."""
+    """Return a `publishing` context for a new Published. `rows` and `others` are the fields of the Published."""
     return publishing(Published(None if rows is None else np.asarray(rows), **others))
 
 
@@ -72,13 +72,13 @@ class Moment:
     published: Published = field(default_factory=Published)
     running: str | None = None  # method of the root call; None outside a root call
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # masks from `where`, by `call_key` and call
-    model: Any = None  # the model or its hook points, for a donor's forward pass; None if the model was not called
+    model: Any = None  # model or its hook points, for a donor's forward pass; None if the model itself was not called
     method: str = "__call__"  # method that the donor's forward pass calls
 
 
 @dataclass(slots=True)
 class RootCall:
-    """A call to the model or to the traced method; calls to modules are counted separately in each root call."""
+    """A call to the model or to the traced method. In each root call, calls to modules are counted from 0."""
 
     station: Station | None  # station of the module that was called; None for a method
     method: str  # "__call__" for a module
@@ -88,6 +88,6 @@ class RootCall:
     forward: int = 0  # index within a rollout step, or among the method's forward passes
     forwards: int = 0  # number of forward passes run by the method so far
     depth: int = 0  # recursion depth, if the module calls itself
-    given: Sequence[Any] = ()  # tensors and containers in the arguments
+    given: Sequence[Any] = ()  # tensors and containers in `args` and `kwargs`
     calls: dict[object, list[int]] = field(default_factory=dict)  # per station or tap: [count, *indices of open calls]
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # as in Moment

@@ -21,7 +21,7 @@ from ..errors import UnsupportedModelError
 
 
 class Item(NamedTuple):
-    """One step in a path: an index or key."""
+    """One step in a path: an index into a tuple or list, or a key of a mapping."""
 
     key: Any
 
@@ -53,7 +53,7 @@ class Place:
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield (path, tensor) for every tensor in an output, in order."""
+    """Yield (path, tensor) for every tensor in an input or output, in order. `path` is added before each path."""
     if isinstance(tree, Tensor):
         yield path, tree
         return
@@ -62,7 +62,10 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, value) for every tensor with at least one axis and every TensorDict with a nonempty batch size."""
+    """Yield (path, value) for each tensor with at least one axis and each TensorDict with a nonempty batch size.
+
+    The contents of such a TensorDict are not yielded separately.
+    """
     if (isinstance(tree, Tensor) and tree.dim()) or (is_tensordict(tree) and tree.batch_size):
         yield path, tree
     elif not isinstance(tree, Tensor):
@@ -76,13 +79,16 @@ def is_tensordict(tree: Any) -> bool:
 
 
 def shallow_copy(container: Any) -> Any:
-    """Return a new container with the same contents."""
+    """Return a new container of the same type that contains the same objects."""
     # copy.copy() of a TensorDict may share internal containers with the original.
     return container.clone(recurse=False) if is_tensordict(container) else copy.copy(container)
 
 
 def get(tree: Any, path: Path) -> Any:
-    """Return the value at a path; raise LookupError, AttributeError or TypeError if the path does not exist."""
+    """Return the value at a path in an input or output.
+
+    Raise LookupError, AttributeError or TypeError if the path does not exist.
+    """
     for step in path:
         if isinstance(tree, Tensor):
             raise TypeError(f"A tensor has no entry {step}.")
@@ -91,7 +97,7 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def replace(tree: Any, path: Path, leaf: Any) -> Any:
-    """Return the output with the value at the path replaced by `leaf`. The containers around the leaf are copied.
+    """Return an input or output in which `leaf` replaces the value at a path. The containers along the path are copied.
 
     Raises:
         UnsupportedModelError: If a container cannot be copied.
@@ -165,10 +171,10 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 
 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
-    """Return the attributes that store the parameters passed to a distribution's constructor.
+    """Return the names of the attributes that store the parameters passed to a distribution's constructor.
 
     If there are alternatives such as `probs` and `logits`, the distribution can be rebuilt exactly only from the
-    parameter that the user passed, which torch stores first.
+    alternative that was passed to the constructor. This is the alternative that torch stores first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -179,7 +185,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """List a distribution's attribute names in the order in which they were set.
+    """List the names of a distribution's attributes in the order in which the attributes were set.
 
     If the distribution wraps another distribution, the attribute names of the wrapped distribution come first.
     """
@@ -189,7 +195,7 @@ def _stored(distribution: Distribution) -> list[str]:
 
 
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
-    """Return a new distribution with the parameter named `changed` replaced by `parameter`."""
+    """Return a new distribution in which `parameter` replaces the parameter stored in the attribute `changed`."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
         raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")
@@ -207,7 +213,7 @@ def in_distribution(tree: Any, path: Path) -> bool:
 
 
 def read_only(name: str) -> str:
-    """Return the error message for a patch inside a distribution."""
+    """Return the error message for a patch at the hook point `name`, whose tensor is inside a distribution."""
     return (
         f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
         "that computes the tensor, or call tap('name', tensor) in the model's forward()."
@@ -215,7 +221,7 @@ def read_only(name: str) -> str:
 
 
 def nested(name: str) -> str:
-    """Return the error message for a hook point that is a nested tensor."""
+    """Return the error message for the hook point `name`, whose tensor is a nested tensor."""
     return (
         f"Hook point '{name}' is a nested tensor, which has no regular shape. Pass padded inputs. If a "
         "TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
@@ -223,7 +229,7 @@ def nested(name: str) -> str:
 
 
 def inside_vmap(tensor: Tensor) -> bool:
-    """Return whether a tensor is batched by `torch.vmap`, which makes its values unreadable."""
+    """Return whether `torch.vmap` batches a tensor. The values of such a tensor cannot be read."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

@@ -26,13 +26,13 @@ _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
+    """Raised to stop a forward pass that chanpatch started. `except Exception` does not catch a StopForward."""
 
 
 class Listener:
     """A session's callback for the tensor at one place.
 
-    `act` receives the tensor and the session. It returns a new tensor, or the same object if nothing is to be changed.
+    `act` receives the tensor and the session. `act` returns a new tensor, or the same object to change nothing.
     """
 
     __slots__ = ("_path", "act", "place", "session", "stage")
@@ -45,7 +45,7 @@ class Listener:
             self._path = (Item(0 if positional else 1), *place.path)
 
     def __call__(self, tree: Any) -> Any:
-        """Apply the listener to the inputs or the output of a module."""
+        """Run `act` on the listener's tensor in a module's inputs or output. Return the inputs or output to use."""
         session = self.session
         if not session.enabled:
             return tree
@@ -69,7 +69,7 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path; raise an error if the value there is not a tensor, or is nested."""
+        """Return the tensor at the listener's path. Raise an error if there is no tensor, or a nested tensor."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):
@@ -88,7 +88,7 @@ class Listener:
 class Session:
     """A group of listeners that are attached together, and the root call in which the listeners run.
 
-    `calls` maps the name of each module or tap to its number of calls in the trace. If the model was not traced,
+    `calls` maps the name of each module or tap to the number of calls to it in the trace. If the model was not traced,
     `calls` is None.
     """
 
@@ -115,22 +115,22 @@ class Session:
         self._with_inputs: list[Station] = []
 
     def on_begin(self, call: RootCall) -> None:
-        """Prepare for a root call; if this method raises an error, the root call does not begin."""
+        """Prepare for a root call. If this method raises an error, the root call does not begin."""
 
     def on_end(self, call: RootCall) -> None:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Add a note to an exception that the root call raised, or raise another exception in its place."""
+        """Handle an exception from the root call: do nothing, add a note, or raise another exception instead."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Add a listener at a place; the listener takes effect the next time the session is attached."""
+        """Add a listener at a place. The listener takes effect the next time the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none of them if one cannot be attached.
+        """Attach all listeners. If one listener cannot be attached, attach none.
 
-        Outermost calls to the modules in `scopes` are root calls.
+        A call to a module in `scopes` is a root call if it is not inside another call to one of these modules.
         """
         try:
             with _CHANGES:
@@ -156,7 +156,7 @@ class Session:
             self._station(module).plan()
 
     def detach(self) -> None:
-        """Detach all listeners; hooks that other code registered stay in place."""
+        """Detach all listeners. Hooks that other code registered stay in place."""
         if any([listener.place.side == "tap" for listener in self.listeners]):
             forget_taps(self)
         while self._stations:
@@ -179,12 +179,12 @@ class Session:
 
     @property
     def in_method(self) -> bool:
-        """Whether a method is running as the root call; module calls inside the method belong to that root call."""
+        """Whether a method is running as the root call. Module calls inside this method belong to the root call."""
         return self.root_call is not None and self.root_call.station is None
 
     @property
     def in_call(self) -> bool:
-        """Whether `__call__` is running as the root call."""
+        """Whether the method `__call__` is running as the root call."""
         call = self.root_call
         return call is not None and call.station is None and call.method == "__call__"
 
@@ -198,7 +198,7 @@ class Session:
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks, model, method)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a root call when a module is called, unless that call belongs to the current root call."""
+        """When a module is called, begin a root call, unless the module's call belongs to the current root call."""
         running = self.root_call
         if not self.enabled or (running is not None and running.station is None):
             return
@@ -210,7 +210,7 @@ class Session:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
-        """End the current root call if it began with this call to the module."""
+        """When a call to a module ends, end the current root call if it began with that call."""
         running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
@@ -220,11 +220,11 @@ class Session:
             self._end(running, failed=failed)
 
     def run_method(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call the traced method, as a root call or within the current root call, and return the output."""
+        """Call `function`, which is the traced method, and return the output; see `run`."""
         return self.run(self.method, function, args, kwargs)
 
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the model, as a root call or within the current root call, and return the output."""
+        """Call `function`, a method of the model, as a root call or within the current root call. Return the output."""
         if not self.enabled:
             return function(*args, **kwargs)
         outer = self.root_call
@@ -297,7 +297,7 @@ class Session:
         self._thread, self._task = threading.get_ident(), _current_task()
 
     def check_owner(self) -> None:
-        """Raise ConcurrencyError unless the current forward pass runs in the session's thread and asyncio task."""
+        """Raise ConcurrencyError if the model may not be called from the current thread or the current asyncio task."""
         if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
@@ -312,11 +312,11 @@ class Session:
         return self._task is not None and _current_task() is not self._task and not self._task.done()
 
     def in_this_thread(self) -> bool:
-        """Return whether a root call is running in this thread."""
+        """Return whether a root call of the session is running in the current thread and asyncio task."""
         return self.enabled and self.root_call is not None and not self._is_elsewhere()
 
     def enter_call(self, counted: object) -> None:
-        """Count a call to a module or tap, and set `call` to that call's index."""
+        """Count a call to a module or tap, and set `self.call` to the index of that call."""
         if not self.enabled:
             return
         if self._thread != threading.get_ident() or self._task is not None:
@@ -331,17 +331,17 @@ class Session:
             calls.append(self.call)
 
     def leave_call(self, counted: object) -> None:
-        """Set `call` to the index of the call that is ending; nested calls to a module end in reverse order."""
+        """Set `self.call` to the index of the ending call. Nested calls to the same module end in reverse order."""
         if not self.enabled or ((self._thread != threading.get_ident() or self._task) and self._is_elsewhere()):
             return  # `enter_call` already rejected this call
         calls = None if self.root_call is None else self.root_call.calls.get(counted)
         self.call = calls.pop() if calls and len(calls) > 1 else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether a place refers to the current call to its module or tap.
+        """Return whether a place refers to the current call to the place's module or tap.
 
         Raises:
-            HookPointError: If the place needs a call index, or if its call index cannot be used.
+            HookPointError: If the place needs a call index but has none, or if its call index cannot be used.
             TraceMismatchError: If the module or tap was called more often than in the trace.
         """
         if self.root_call is None:
@@ -368,7 +368,7 @@ class Session:
 
 
 class Attached(Undoable):
-    """While the context is open, a session is attached. Each call to the session's method is then a root call."""
+    """Context in which a session is attached. Each outermost call to the session's method is then a root call."""
 
     def __init__(self, session: Session) -> None:
         self._session, self._eagerly = session, RunEagerly()

@@ -1,8 +1,8 @@
 """Run the model without side effects.
 
-After a forward pass, we restore random number generators, buffers, training flags, hooks and module attributes. We also
-restore the contents of plain containers, arrays, tensors, dataclasses and generators in attributes, but not the
-contents of other objects.
+After a forward pass, we restore random number generators, buffers, training flags, hooks and module attributes. If an
+attribute contains plain containers, arrays, tensors, dataclasses or generators, we also restore the contents of these
+objects. We do not restore the contents of other objects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List the modules in training mode whose outputs may be random, or depend on other rows or on earlier calls."""
+    """List modules in training mode whose outputs may be random, or may depend on other rows or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
@@ -122,7 +122,7 @@ class undisturbed:
         self._is_locked = False
 
     def put_back(self) -> None:
-        """Restore the state saved on entry."""
+        """Restore the state that was saved when the context was entered."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
@@ -144,7 +144,7 @@ class undisturbed:
         return not (same and all(map(torch.equal, after, [self._torch, *self._on_cuda]))) or self.snapshot.has_drawn()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the given items, one per forward pass.
+        """Yield the items in `forwards`, each of which stands for one forward pass.
 
         Before each item, restore the model, but not the random number generators.
         """
@@ -153,7 +153,7 @@ class undisturbed:
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Return the output, with clones in place of the tensors that restoring the model would overwrite."""
+        """Return the output, in which clones replace the tensors that would be overwritten by restoring the model."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -170,9 +170,9 @@ def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
 
 
 class Snapshot:
-    """Snapshot of modules and attribute dicts, taken by `note`; objects whose ids are in `apart` are not restored.
+    """Snapshot of modules and attribute dicts, taken by `note`. Objects with ids in `apart` are not restored.
 
-    For parameters, only the names are saved, because libraries that shard or offload a model replace the parameters.
+    For parameters, only the names are saved, because libraries that shard or offload a model replace parameters.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Snapshot:
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with its saved contents
 
     def note(self) -> Snapshot:
-        """Save the current state; if nothing has changed since the last call, save only the generators' states."""
+        """Save the current state. If nothing has changed since the last call, save only the generators' states."""
         if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
@@ -198,7 +198,7 @@ class Snapshot:
         return self
 
     def changed(self) -> bool:
-        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed since `note`."""
+        """Return whether an attribute, buffer, submodule or hook was set or removed since the last call to `note`."""
         return not self.is_in(self._keys, self._values)
 
     def state(self) -> tuple[list[Any], list[Any]]:
@@ -206,12 +206,12 @@ class Snapshot:
         return [*itertools.chain(*self._dicts)], [*itertools.chain(*map(dict.values, self._dicts))]
 
     def is_in(self, keys: list[Any], values: list[Any]) -> bool:
-        """Return whether `state` would return the same names and objects."""
+        """Return whether a call to `state` would now return the given names and the same objects as values."""
         now, new = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
         return [*now] == keys and all(map(operator.is_, new, values))
 
     def put_back(self) -> None:
-        """Restore everything but the generators; raise UnsupportedModelError if a submodule or parameter was added."""
+        """Restore all but the generators. Raise UnsupportedModelError if a submodule or parameter has been added."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -231,7 +231,7 @@ class Snapshot:
             )
 
     def rewritten(self) -> list[Any]:
-        """List the containers, arrays and tensors whose contents have changed since `note`."""
+        """List the containers, arrays and tensors whose contents have changed since the last call to `note`."""
         return [held for held, content in self._held if not _same(held, content)]
 
     def keep_hooks(self) -> None:
@@ -253,7 +253,7 @@ class Snapshot:
         return [*map(generator_state, self._generators)]
 
     def has_drawn(self) -> bool:
-        """Return whether a random number generator in the model has been used since `note`."""
+        """Return whether a random number generator in the model has been used since the last call to `note`."""
         return self.generator_states() != [*map(_shown, self._states)]
 
     def tensors(self) -> list[Tensor]:
@@ -298,7 +298,7 @@ def _state(generator: Any) -> Any:
 
 
 def generator_state(generator: Any) -> str:
-    """Return the current state of a generator, for comparison."""
+    """Return the current state of a random number generator as a string, for comparison."""
     return _shown(_state(generator))
 
 
@@ -311,9 +311,9 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore a dict to its saved contents, `noted`.
+    """Restore the dict `each` to its saved contents, `noted`.
 
-    In a dict of hooks, chanpatch's hooks stay as they are. In a module's attribute dict, callables stay as they are,
+    In a dict of hooks, chanpatch's hooks are not changed. In a module's attribute dict, callables are not changed,
     because a method may be wrapped.
     """
     stays = callable if "_modules" in each else is_ours
@@ -344,7 +344,7 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
 
 
 def may_be_written(tensor: Any) -> bool:
-    """Return whether an object is a tensor, but not a parameter, that a forward pass may write to."""
+    """Return whether an object is a tensor that a forward pass may write to. The result is False for parameters."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # tensors left over from a finished transform are unreadable
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
@@ -358,7 +358,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether an object still has its saved content.
+    """Return whether an object `held` still has the saved content `content`.
 
     Arrays and tensors are compared by value. Containers must contain the same objects in the same order.
     """

@@ -11,7 +11,7 @@ from ..errors import UnsupportedModelError
 
 
 class Step(NamedTuple):
-    """A module, and its place among the children of its parent."""
+    """A module, with its full name, the dict of its parent's children, and its key in this dict."""
 
     name: str
     children: dict[str, nn.Module | None]
@@ -34,11 +34,11 @@ class Tree:
         self._paths: dict[str, list[Step]] = {}
 
     def has_changed(self) -> bool:
-        """Return whether a module was added, removed or replaced since the tree was built."""
+        """Return whether a module has been added, removed or replaced since the tree was built."""
         return self._children != self._expected
 
     def path(self, name: str) -> list[Step]:
-        """Return a step for each module on the path from the root to the named module, except the root."""
+        """Return one Step for each module on the path from the root to the module `name`, without the root."""
         if name and name not in self._paths:
             parent, _, key = name.rpartition(".")
             step = Step(name, self.modules[parent]._modules, key, self.modules[name])
@@ -52,13 +52,13 @@ class Tree:
                 raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
 
     def refuse_compiled(self) -> None:
-        """Raise UnsupportedModelError if a module was compiled in place since the last check, and ignores hooks."""
+        """Raise UnsupportedModelError if a module has been compiled in place since the tree was built."""
         if any(["_compiled_call_impl" in own or "forward" in own for own in self._own]):
             self.refuse_unhookable()
 
 
 def _unhookable(module: nn.Module) -> str:
-    """Return the reason why a module would ignore hooks, or an empty string."""
+    """Return the reason why a module would ignore hooks, or an empty string if the module would run hooks."""
     if "_orig_mod" in module._modules:
         why = "is compiled with torch.compile, so hooks added after the first call are ignored. Pass the original "
         return why + "module (compiled._orig_mod), or compile a PatchedPolicy created from the original module."

@@ -20,24 +20,26 @@ from ..results import Records, data_array
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Recorded activations, with sites as keys.
 
-    A key may also be a name. If the whole hook point was recorded, the name refers to the whole hook point; otherwise,
-    the name refers to the only recorded site at the hook point. A pattern such as `"h.*"` works if exactly one site
-    matches. The operators +, -, * and / accept a number or a cache with the same sites, as in `clean - corrupted`, and
-    convert small integer dtypes to int64.
+    A key may also be a hook point's name. If the whole hook point was recorded, the name refers to the whole hook
+    point; otherwise, the name refers to the only recorded site at the hook point. A pattern such as `"h.*"` works if
+    exactly one site matches. The operators +, -, * and / accept a number or a cache with the same sites, as in
+    `clean - corrupted`. The operators convert small integer dtypes to int64.
 
     Args:
-        activations: Activation at each site, with all axes of the region or, after a reduction, the remaining axes.
-        axes: Axis names for each activation.
-        batch_axes: Index of the batch axis in each activation; None if the batch axis is unknown.
+        activations: Dict that maps each site to the activation, with all axes of the region or, after a reduction, with
+            the remaining axes.
+        axes: Dict that maps each site to the names of the activation's axes.
+        batch_axes: Dict that maps each site to the index of the activation's batch axis, or to None if the batch axis
+            is unknown.
 
     Attributes:
-        counts: Cache with the number of elements that `where` selected for each value; None if the recording had no
-            `where`.
+        counts: Cache that contains, for each reduced value, the number of elements that `where` selected. None if the
+            recording had no `where`.
     """
 
     _most = None
     counts: ActivationCache | None = None
-    _is_mean = False  # whether the single row may broadcast over the rows of another cache
+    _is_mean = False  # whether the activations have a single row, which may broadcast over the rows of another cache
 
     def __init__(
         self, activations: Mapping[Site, Tensor], axes: Mapping[Site, Axes], batch_axes: Mapping[Site, int | None]
@@ -60,11 +62,11 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return len(self._parts)
 
     def axes(self, key: Site | str) -> Axes:
-        """Return the axis names for an activation."""
+        """Return the axis names of the activation at a site."""
         return self._axes[self._site(key)]
 
     def batch_axis(self, key: Site | str) -> int | None:
-        """Return the index of the batch axis in an activation, or None if the batch axis is unknown."""
+        """Return the index of the batch axis in the activation at a site, or None if the batch axis is unknown."""
         return self._batch_axes[self._site(key)]
 
     def steps(self, key: Site | str | HookPoint) -> Tensor:
@@ -128,7 +130,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return torch.stack([*self.values()])
 
     def to_xarray(self) -> Any:
-        """Stack all activations, as in `stack`, in an `xarray.DataArray` whose first dimension is `site`."""
+        """Return all activations, stacked as in `stack`, as an `xarray.DataArray` whose first dimension is `site`."""
         stacked, axes = self.stack().detach().cpu(), self._axes[next(iter(self))]
         numbers = stacked.float() if stacked.dtype == torch.bfloat16 else stacked  # NumPy has no bfloat16
         coords = {axis: range(length) for axis, length in zip(axes, stacked.shape[1:], strict=True)}
@@ -176,7 +178,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     __array_ufunc__ = None  # NumPy scalars defer to the cache's operators
 
     def mean(self) -> ActivationCache:
-        """Average each activation over the batch; the batch axis remains, with length 1.
+        """Average each activation over the batch. In the result, the batch axis has length 1.
 
         Raises:
             BatchAxisError: If a batch axis is unknown.
@@ -195,9 +197,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return moved
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per element, with the site, the index along each axis, and the value.
+        """Return one dict per element of each activation, with the site, the index along each axis, and the value.
 
-        For activations from a rollout, records contain the keys `episode` and `step` instead of the batch axis.
+        For activations from a rollout, the dicts have the keys `episode` and `step` instead of `batch`.
         """
         records = []
         for site, activation in self.items():
@@ -242,7 +244,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def _append(
         self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None, steps: Tensor | None = None
     ) -> None:
-        """Append an activation from one forward pass; a site's activations are concatenated along the batch axis."""
+        """Append an activation from one forward pass. All activations at a site are joined along the batch axis."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
                 f"{site!r} was recorded in two forward passes, whose activations cannot be concatenated. "
@@ -263,6 +265,6 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Convert small integer dtypes to int64, so that arithmetic does not overflow."""
+    """Convert an activation with a small integer dtype to int64, so that arithmetic does not overflow."""
     small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation

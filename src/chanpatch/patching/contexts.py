@@ -49,7 +49,7 @@ class ContextSession(Session):
         self._on_path: list[Step] = []  # modules from the root to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach the listeners, and store the modules on the path from the root to each listener."""
+        """Attach the listeners, and store the modules on the path from the root module to each listener's module."""
         names = {each.place.module for each in self.listeners if each.place.side != "tap"}
         self._on_path = [step for name in names for step in self.tree.path(name)]
         super().attach(scopes)
@@ -74,20 +74,20 @@ class ContextSession(Session):
 
     @property
     def no_call(self) -> str:
-        """Sentence for error messages; empty as soon as a root call has begun."""
+        """Sentence for error messages, which says that the model was not called. Empty once a root call has begun."""
         if self.has_begun:
             return ""
         return f" {type(self.root).__name__}.{self.method}() was not called while the context was open."
 
     def finish(self, error: Exception | None) -> None:
-        """Check the session when its context exits, and raise an error if a check fails.
+        """Check the session when the session's context exits. Raise an error if a check fails.
 
-        If the context exits with an exception, `error` is that exception, which the new error may replace.
+        If the context exits with an exception, `error` is that exception. A new error may replace that exception.
         """
 
 
 class Exit:
-    """Descriptor that detects `with`: `with` looks up `__exit__` on entry, but a call to `__enter__` does not."""
+    """Descriptor for `__exit__` that detects `with`, which looks up `__exit__` on entry; `__enter__()` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -102,26 +102,26 @@ class Exit:
 class Held(ContextDecorator):
     """A context that a `with` statement or a variable must keep alive while the context is open.
 
-    If a context is entered with `__enter__()` and freed while it is open, the next root call in each session raises an
-    error.
+    If a context is entered with `__enter__()` and is then freed while it is open, the next root call in each of the
+    context's sessions raises an error.
     """
 
     is_held = False
     _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # pairs (session, context)
 
     def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
-        """Enter a session's context, and keep references to the session and the context."""
+        """Enter the context that attaches a session, and keep references to the session and that context."""
         self._open = (*self._open, (session, context))
         context.__enter__()
 
     def last(self) -> tuple[Any, AbstractContextManager[None]]:
-        """Return the most recently entered session and context."""
+        """Return the pair (session, context) that was entered most recently and is still open."""
         if not self._open:
             raise RuntimeError("This context is not open: it was already closed, or never entered. Use `with`.")
         return self._open[-1]
 
     def forget(self, context: AbstractContextManager[None]) -> None:
-        """Drop the reference to a context."""
+        """Drop the references to a context and its session."""
         self._open = tuple(each for each in self._open if each[1] is not context)
 
     def __del__(self) -> None:
@@ -171,8 +171,8 @@ class Opened(Held, Generic[Result]):
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
     """Check patches, and return the patches with their sites bound to the trace.
 
-    If a model is passed instead of HookPoints, only the types and the sites' names are checked. If None is passed, only
-    the types are checked.
+    If a model is passed instead of HookPoints, only the patches' types and the sites' names are checked. If None is
+    passed, only the patches' types are checked. In both cases, the patches are returned unchanged.
     """
     if isinstance(patches, Patch) or not isinstance(patches, Iterable):
         patches = (patches,)
@@ -204,7 +204,7 @@ def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
 
 
 class Patching(ContextSession):
-    """Session that applies patches; `firings` has one entry per patch, and `result` is the ledger."""
+    """Session that applies patches. `firings` contains one Firing per patch, and `result` is the ledger."""
 
     def __init__(
         self, points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
@@ -228,14 +228,20 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches have not run; `among` limits the list to the patches at these indices."""
+        """List the names of hook points whose patches have not run since the last reset.
+
+        If `among` is given, consider only the patches with these indices. Names in `allow_unreached` are left out.
+        """
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
-    """Return `names`, the argument `allow_unreached`, as a set; raise ValueError if a name is not in `known`."""
+    """Return the value of the argument `allow_unreached` as a set. Raise ValueError if a name is not in `known`.
+
+    `used` is "patched" or "recorded", for the error message.
+    """
     if names == ():
         return frozenset()
     allowed, known = frozenset([names] if isinstance(names, str) else names), list(known)
@@ -246,10 +252,10 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty.
+    """Raise UnreachedError for the hook points in `names`. If `names` is empty, do nothing.
 
-    The message begins with `fault`, in which the names replace `{}`, and a plural ending (if any) replaces `{es}`.
-    `compiled` is whether to mention a compiled module as a possible cause.
+    The message begins with `fault`, in which the names replace `{}`. If there are several names, "es" replaces `{es}`.
+    `compiled` is whether to mention a compiled module as a possible cause. The message ends with `advice`.
     """
     if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
@@ -261,8 +267,8 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call to this function.
 
-    If an exception (`cause`) is in flight and came from a distribution, NaNError replaces that exception. Any other
-    exception gets a note, unless the exception is one of chanpatch's own.
+    `cause` is the exception in flight, if there is one. If `cause` came from a distribution, NaNError replaces `cause`.
+    If `cause` is one of chanpatch's other exceptions, do nothing. To any other exception, add a note.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     if not found:
@@ -302,16 +308,17 @@ def patched(
 
     Args:
         points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
-        patches: One or more patches, in order of application. In nested contexts, outer patches run first.
+        patches: One or more patches, applied in the given order. In nested contexts, the patches of outer contexts run
+            first.
         allow_unreached: Names of hook points at which a patch does not have to run.
-        check_nan: Whether to raise if a patch introduces NaN.
+        check_nan: Whether to raise an error if a patch introduces NaN.
 
     Yields:
         Ledger that counts the firings of each patch.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
-        ValueError: If `allow_unreached` contains a name without a patch.
+        ValueError: If `allow_unreached` contains the name of a hook point without a patch.
         UnsupportedModelError: If the model would ignore hooks.
         EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or the model runs
             in another thread.

@@ -1,4 +1,4 @@
-"""Donors: run the unpatched model on other inputs during a patched forward pass, and patch in its activations."""
+"""Donors: during a patched forward pass, run the unpatched model on other inputs, and patch in the activations."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Donor:
     """Edit that replaces an activation with the activation from a forward pass of the unpatched model on other inputs.
 
     Args:
-        function: Function that maps the context to the inputs of the forward pass.
-        sites: Sites of all patches that use the same forward pass; all of these sites are recorded in it.
-        forwards: Counts the forward passes, by method and site.
+        function: Function that maps the context to the inputs of the donor's forward pass.
+        sites: Sites of all patches that use this donor. All sites are recorded in one forward pass of the donor.
+        forwards: Counter of the donor's forward passes, by pairs (method of the root call, site reached first).
     """
 
     function: InputsOf
@@ -44,7 +44,7 @@ class Donor:
     forwards: Counter[tuple[str, Site]] = field(default_factory=Counter)
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation from the donor's forward pass, which runs when the first of the sites is reached."""
+        """Return the activation from the donor's forward pass. This pass runs when the first of `sites` is reached."""
         site, moment = context._region[0], context.moment
         recorded = moment.masks.setdefault(("donor", id(self)), {})
         if site not in recorded:
@@ -64,7 +64,7 @@ class Donor:
         return donated
 
     def _arguments(self, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Call the donor function, and return copies of the positional and keyword arguments for the forward pass."""
+        """Call the donor function. From its result, return copies of the positional and the keyword arguments."""
         model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedModelError(f"The donor at {site!r} cannot run inside torch.vmap or another transform.")
@@ -94,7 +94,10 @@ class Donor:
 
 
 def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tuple[Patch, ...]:
-    """Return the patches; patches with the same donor function share forward passes, which `forwards` counts."""
+    """Return the patches, in which all patches with the same donor function use one Donor, and so one forward pass.
+
+    `forwards` is the counter for the donors' forward passes.
+    """
     each = tuple(patches)
     keys = [call_key(patch.edit.function) if isinstance(patch.edit, Donor) else None for patch in each]
     donors: dict[Any, Donor] = {}
@@ -107,7 +110,7 @@ def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tup
 
 
 def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
-    """Run the unpatched model without side effects, and return the activation at each site that the run reaches."""
+    """Run the unpatched model without side effects, and return the activation at each of the sites that are reached."""
     root, calls, stops = model_of(moment.model), None, False
     if isinstance(moment.model, HookPoints):
         calls, stops = moment.model.calls, moment.model.steady

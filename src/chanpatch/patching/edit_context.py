@@ -23,14 +23,15 @@ from ..registry.sites import Positions, Site, no_batch
 class Context:
     """Information about the current forward pass, for an edit or a `where` function.
 
-    Per-row values are in the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
+    The values in `rows`, `environments`, `seeds` and `infos` are in the order of the region's rows. Outside a rollout,
+    `seeds` and `infos` raise RolloutError.
 
     Attributes:
-        inputs: Inputs to the model call; for a policy, the observations.
-        step: Step of the rollout; None outside a rollout.
-        call: Index of the module's call within the model call.
-        forward: Index of the model call within a rollout step, or within a call to a patched policy's method that runs
-            several forward passes, such as `generate`; otherwise 0.
+        inputs: Tuple of the arguments of the current call to the model; for a policy, the observations come first.
+        step: Index of the current step of the rollout; None outside a rollout.
+        call: Index of the current call to the module within the current call to the model.
+        forward: Index of the current call to the model within a rollout step. If a method of a patched policy, such as
+            `generate`, runs several forward passes, the index of the forward pass within that method. Otherwise 0.
         label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
 
@@ -42,12 +43,12 @@ class Context:
 
     @property
     def rows(self) -> Tensor:
-        """Index of each row, int64 with shape `(row,)`: in a rollout, the episode's index; otherwise 0, 1, 2, ..."""
+        """In a rollout, index of each row's episode; otherwise, index of each row. int64 with shape `(row,)`."""
         return self._of_rows(self.moment.published.rows)
 
     @property
     def environments(self) -> Tensor:
-        """Index of each row's sub-environment, int64 with shape `(row,)`; outside a rollout, the same as `rows`."""
+        """Index of each row's sub-environment, int64 with shape `(row,)`. Outside a rollout, equal to `rows`."""
         own = self.moment.published.environments
         return self.rows if own is None else self._of_rows(own)
 
@@ -58,15 +59,15 @@ class Context:
 
     @property
     def infos(self) -> Any:
-        """Infos from the environments' last step or reset, for the region's rows only."""
+        """Infos that the environments returned in the last step or reset, with entries for only the region's rows."""
         return self._in_rollout("infos")(self.environments.numpy())
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Draw random numbers in [0, 1) with shape `(row, *shape)` and the region's dtype and device.
 
-        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the
-        numbers depend on the sampling seed, the step, the episode's seed and the number of earlier episodes with that
-        seed, but not on the row.
+        Outside a rollout, a row's numbers depend only on the site, the call index and the row's index. In a rollout,
+        the row's index is replaced by the sampling seed, the step, the episode's seed and the number of earlier
+        episodes with the same seed. Repeated draws are equal.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
@@ -75,9 +76,9 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """Return one key per row, from which random numbers are drawn in a rollout. Outside a rollout, return [].
+        """Return one key per row, to seed the row's random numbers in a rollout. Outside a rollout, return [].
 
-        If `each_step` is True, the keys contain the step, so each step of a rollout has new random numbers.
+        If `each_step` is True, the keys contain the step, so each step of a rollout has different random numbers.
         """
         if (published := self.moment.published).seeds is None:
             return []
@@ -87,7 +88,8 @@ class Context:
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
         """Return the mask that a `where` function returns for this context.
 
-        A stateful function runs only once for each root call and module-call index; the mask is then reused.
+        A function that may have state runs only once per root call and index of the module's call. If several patches
+        use the function, the mask is reused.
         """
         if state_of(where) is None:
             return where(self)
@@ -103,7 +105,10 @@ class Context:
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
-        """Return the entries of `numbers` (one per row of the batch; None means 0, 1, 2, ...) for the region's rows."""
+        """Return the entries of `numbers` for the region's rows.
+
+        `numbers` contains one number per row of the batch. None stands for 0, 1, 2, ...
+        """
         site, axis, leaf, positions = self._region
         if axis is None:
             raise BatchAxisError(f"context.rows at {site!r} needs a known batch axis. {no_batch(site)}")
@@ -116,7 +121,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the user-defined object whose state a callable may use, such as the object that a method is bound to.
+    """Return the object whose state a callable may use: a user-defined callable object, or a bound method's object.
 
     For plain functions, modules, and objects from torch or chanpatch, return None.
     """
@@ -131,7 +136,7 @@ def state_of(function: Any) -> Any:
 
 
 def call_key(function: Any) -> tuple[object, ...]:
-    """Return a key that is equal for callables that run the same method of the same object with equal arguments."""
+    """Return a key for a callable. Callables that run one method of one object with equal arguments have equal keys."""
     if isinstance(function, functools.partial):
         given = [*function.args, *itertools.chain(*sorted(function.keywords.items()))]
         arguments = (each if isinstance(each, (int, float, str)) else id(each) for each in given)
@@ -141,7 +146,7 @@ def call_key(function: Any) -> tuple[object, ...]:
 
 
 def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:
-    """Draw random numbers in [0, 1) with shape `(key, *shape)`; each row depends only on its own key."""
+    """Draw random numbers in [0, 1) with shape `(key, *shape)`. The numbers for a key depend only on that key."""
     drawn = np.empty((len(keys), *shape))
     for row, key in enumerate(keys):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()

@@ -104,7 +104,7 @@ class Clamp:
         high: Upper bound; None for no bound.
 
     Raises:
-        EditError: If both bounds are None, or `low` is above `high`.
+        EditError: If both bounds are None, or if `low` is greater than `high`.
 
     Example:
         >>> Clamp(low=0.0)(torch.tensor([-1.0, 1.0]))
@@ -165,18 +165,18 @@ class Project:
 class Resample:
     """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the draw depends
-    on the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with `per="step"`, the
-    step, but not on the row's index.
+    Outside a rollout, the draw for a row depends only on the seed, the module's call index and the row's index. In a
+    rollout, the row's index is replaced by the sampling seed, the episode's seed, the number of earlier episodes with
+    the same seed and, if `per` is `"step"`, the step.
 
     Args:
-        reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
+        reference: Tensor with the region's axes. The entries along the batch axis are the rows of the reference set.
         seed: Random seed, an integer.
         batch_axis: Index of the batch axis.
-        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
+        per: In a rollout, whether to draw one reference row per `"episode"` or one reference row per `"step"`.
 
     Raises:
-        EditError: If the reference has no rows, or `per` is neither `"episode"` nor `"step"`.
+        EditError: If the reference has no rows, or if `per` is neither `"episode"` nor `"step"`.
     """
 
     reference: Tensor
@@ -209,7 +209,7 @@ _EXPECTED = {Real: "a real number (int or float)", Integral: "an integer", Tenso
 
 
 def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
-    """Raise EditError unless an operand has one of the given types."""
+    """Raise EditError if an operand of an edit has none of the given types. `name` is the operand's name."""
     if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not accept fractions
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else type(operand).__name__
@@ -218,7 +218,7 @@ def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
 
 
 def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: Tensor, operand: Any) -> Tensor:
-    """Apply arithmetic to a region and an operand; raise EditError on integer overflow."""
+    """Return `arithmetic(region, operand)`. Raise EditError if the result overflows an integer dtype."""
     result = arithmetic(region, operand)
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
@@ -228,7 +228,10 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """For each row, draw the index of a reference row, from 0 to `count - 1`; used only outside rollouts."""
+    """Draw one index from 0 to `count - 1` for each row index in `rows`. The result is int64 with shape `(row,)`.
+
+    Each draw depends only on the seed, the module's call index `call` and the row index.
+    """
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -236,7 +239,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the axis lengths of a region at a traced hook point, with None for the batch axis."""
+    """Return the lengths of a region's axes at a traced hook point, with None for axes whose lengths vary."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -250,7 +253,10 @@ _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Projec
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise EditError if a built-in edit's operand has the wrong shape, dtype or device, or is out of range."""
+    """Raise EditError if an operand of a built-in edit does not fit the region.
+
+    `axes`, `lengths`, `dtype` and `device` describe the region. Operands of other edits are not checked.
+    """
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
@@ -287,9 +293,9 @@ _QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.qui
 
 
 def _out_of_range(dtype: torch.dtype, number: float) -> str:
-    """If a number is outside the range of a dtype, describe the range; otherwise, return an empty string.
+    """If a dtype cannot represent a number, return text that describes the dtype's range; otherwise, return "".
 
-    Infinities and NaN are inside the range of each floating-point dtype.
+    Infinities and NaN are in the range of every floating-point dtype.
     """
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
@@ -304,9 +310,10 @@ def _out_of_range(dtype: torch.dtype, number: float) -> str:
 def check_mask(
     mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None, *, name: str = "where"
 ) -> None:
-    """Raise EditError unless a mask is a bool tensor that matches the region, by default the site's traced region.
+    """Raise EditError if a mask is not a bool tensor that matches the region.
 
-    `name` is the argument's name in the error message.
+    `axes` and `lengths` describe the region. The defaults come from the site's trace, if the site has a trace. `name`
+    is the argument's name in the error message.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
@@ -321,7 +328,7 @@ def check_mask(
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
-    """Return whether a tensor has the given axis lengths (None for any length); `or_one` also accepts length 1."""
+    """Return whether a tensor has the given axis lengths. None stands for any length; `or_one` also allows length 1."""
     pairs = zip(operand.shape, lengths, strict=False)
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
@@ -329,9 +336,9 @@ def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False
 def shape_error(
     subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str
 ) -> EditError:
-    """Return the error for an operand whose axes do not match the region's axes.
+    """Return the error for an operand whose axes do not match the region's `axes` and `lengths`.
 
-    In the message, `subject` names the edit and the site, `noun` the operand, and `verb` the action of the edit.
+    In the message, `subject` names the edit and the site, `noun` names the operand, and `verb` says what the edit does.
     """
     rows = axes.index("batch") if "batch" in axes else 0
     # A mask with the length of the batch probably selects rows; any other vector probably does not.
@@ -348,5 +355,5 @@ def shape_error(
 
 
 def shown_axes(axes: Axes, lengths: Sequence[int | None]) -> str:
-    """Format axis names and lengths for an error message."""
+    """Format axis names and lengths as text for an error message, such as `(batch, channel) = (any, 8)`."""
     return f"({', '.join(axes)}) = ({', '.join('any' if length is None else str(length) for length in lengths)})"

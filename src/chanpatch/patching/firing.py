@@ -26,9 +26,9 @@ from .patch import Mask, Patch, edit_name
 
 
 class Located:
-    """Location of a site in a tensor, computed again only if the tensor's type, shape, dtype, device or layout changes.
+    """Location of a site's region in the tensor at a hook point.
 
-    `axes` and `batch_axis` describe the tensor; `positions` maps axis numbers to the selected positions.
+    `axes` and `batch_axis` describe the tensor; `positions` maps the numbers of indexed axes to the selected positions.
     """
 
     wants_names = False  # whether all axis names and the batch axis must be known
@@ -42,7 +42,10 @@ class Located:
         self._lens = point.lens if isinstance(point, HookPoint) else None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Find the site's region in a tensor; raise an error if the tensor does not match the trace or the site."""
+        """Find the site's region in a tensor. Raise an error if the tensor does not match the trace or the site.
+
+        The location is computed again only if the tensor's type, shape, dtype, device or layout has changed.
+        """
         known = leaf.shape, type(leaf), leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
@@ -64,7 +67,7 @@ class Located:
             self._remember()
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Infer the axis names and batch axis from the module's type or, if that is not enough, from a trace."""
+        """Return axis names and batch axis, inferred from the module's type or, if that is not enough, from a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -86,10 +89,10 @@ class Located:
         return mask.to(region.device)  # masks are often made on the CPU
 
     def _check(self, leaf: Tensor) -> None:
-        """Raise an error if the patch or recording cannot be applied to the site's region of the tensor."""
+        """Raise an error if the patch or the recording does not support the site's region in the tensor."""
 
     def _remember(self) -> None:
-        """Store the location for later contexts with the same patch."""
+        """Store the location, so that later contexts that use the same patch need not compute it again."""
 
 
 class Firing(Located):
@@ -97,9 +100,10 @@ class Firing(Located):
 
     Attributes:
         reached: Whether the patch has run since the last reset.
-        nan: Bool tensor that is True if the patch has introduced NaN since the last reset. None if nothing has been
-            checked or, on the CPU, if no NaN has been found.
-        counts: Number of firings, rows (None if the batch axis is unknown) and elements, for each root call's method.
+        nan: Bool tensor that is True if the patch has introduced NaN since the last reset. None if no activation has
+            been checked since then or, on the CPU, if no NaN has been found.
+        counts: Dict that maps the method of a root call to a tuple: the numbers of firings, rows and elements. The
+            number of rows is None if the batch axis is unknown.
     """
 
     def __init__(self, patch: Patch, point: Place, module: nn.Module | None = None, *, check_nan: bool = True) -> None:
@@ -121,7 +125,7 @@ class Firing(Located):
             vars(self).update(fit)
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
-        """Return the tensor with the region patched, or the same object if the edit returned its input."""
+        """Return a tensor in which the region is patched. If the edit returns its input, return `leaf` itself."""
         self.locate(leaf, moment)
         if self._lens is None:
             return self._patched(leaf, moment)
@@ -232,9 +236,10 @@ _FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_si
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Return the number of rows and the number of elements in a region. With a mask, count only selected ones.
+    """Return the number of rows and the number of elements in a region, given the region's shape.
 
-    If the batch axis is unknown, the number of rows is None.
+    With a mask, count only selected elements, and only rows with selected elements. If the batch axis is unknown, the
+    number of rows is None.
     """
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
@@ -247,10 +252,10 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Number of firings, rows written and elements written, for each patch and method.
+    """Numbers of firings, rows written and elements written, for each patch and each method that was called.
 
-    If patches have donors, also the number of donor forward passes. A forward pass that several patches share is
-    counted for the patch that is reached first.
+    If patches have donors, the number of forward passes for the donors is also counted. If several patches share such a
+    forward pass, it is counted for the patch that is reached first.
     """
 
     _most = None
@@ -259,9 +264,9 @@ class Ledger(Records):
         self._firings, self._forwards = firings, forwards
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch and method, with the method, site, edit, firings, rows and elements.
+        """Return one dict per patch and method, with keys method, site, edit, firings, rows and elements.
 
-        If a patch never fired, all counts are 0. `rows` is None if the batch axis is unknown.
+        If a patch never fired, its counts are 0. `rows` is None if the batch axis is unknown.
         """
         return [
             {
@@ -288,11 +293,11 @@ class Ledger(Records):
 
 
 def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
-    """Return a tensor with the axes of its hook point, after applying the hook point's lens.
+    """Apply a hook point's lens to the model's tensor, and return a tensor with the axes of the hook point.
 
     Raises:
-        TraceMismatchError: If the tensor's dtype, or the length of an axis other than batch and free axes, differs from
-            the trace.
+        TraceMismatchError: If the tensor's dtype differs from the trace, or if the length of an axis that is neither
+            the batch axis nor a free axis differs from the trace.
     """
     base = point.lens.base if isinstance(point.lens, Coordinates) else point
     lengths = [None if axis == "batch" else base.length(axis) for axis in base.axes]

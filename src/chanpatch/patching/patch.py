@@ -18,7 +18,7 @@ Mask: TypeAlias = "Tensor | Callable[..., Tensor | bool]"
 
 
 def edit_name(edit: Any) -> str:
-    """Return the name of an edit, for display."""
+    """Return the name of an edit to show to the user: the name of the edit's class or function."""
     return type(edit).__name__ if is_dataclass(edit) else getattr(edit, "__name__", type(edit).__name__)
 
 
@@ -29,13 +29,14 @@ class Patch:
     Args:
         site: Site to patch.
         edit: Callable that maps the region's activation to a new tensor with the same shape, dtype and device. A
-            keyword-only parameter `context` receives a `chanpatch.patching.Context`.
-        where: Elements to replace; None for all elements. Pass either a bool tensor with as many axes as the region,
-            each with the region's length or length 1, or a function that maps the context to such a tensor or a bool.
+            keyword-only parameter `context`, if the callable has one, receives a `chanpatch.patching.Context`.
+        where: Elements to replace; None for all elements. Pass a bool tensor with as many axes as the region, in which
+            each axis has the region's length or length 1. Or pass a function that maps a `chanpatch.patching.Context`
+            to such a tensor, or to True or False for all elements.
 
     Raises:
         TypeError: If `site` is not a Site.
-        EditError: If the edit is not callable, or an operand or `where` does not match the region.
+        EditError: If the edit is not callable, or if an operand of the edit or `where` does not match the region.
         UnsupportedModelError: If the site is inside a distribution, where tensors can only be recorded.
     """
 

@@ -41,9 +41,9 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record activations while the context is open, and concatenate several forward passes along the batch axis.
+    """Record activations while the context is open. Several forward passes are concatenated along the batch axis.
 
-    If `recording` is used as a decorator, each call to the function has a separate cache.
+    If `recording` is used as a decorator, each call to the decorated function has a separate cache.
 
     Args:
         points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
@@ -53,10 +53,11 @@ def recording(
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
         where: Elements to reduce; None for all elements. Accepts the same values as `where` in Patch, and needs
-            `reduce`. `cache.counts` contains the number of elements selected for each value. A value for which no
-            elements are selected is NaN. Integers are converted to float64.
-        detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
-            record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
+            `reduce`. For each reduced value, `cache.counts` contains the number of selected elements. If no elements
+            are selected, the value is NaN. Integer activations are converted to float64.
+        detach: Whether to detach the recorded activations from the autograd graph. If False and without `reduce`, the
+            forward pass continues from the recorded activation, so `torch.autograd.grad(output, cache[site])` is the
+            gradient at the site.
         device: Device for the records; None to keep each record on its activation's device.
         allow_unreached: Names of hook points that the model does not have to reach.
 
@@ -94,14 +95,15 @@ def run_with_cache(  # noqa: D417
     detach: bool = True,
     **keywords: Any,
 ) -> Any:
-    """Run the model once; return the output and a cache of recorded activations.
+    """Run the model once, and return the output together with a cache of recorded activations.
 
     Args:
         points_or_model: Model or HookPoints. With HookPoints, the traced method runs.
         inputs: Positional arguments for the model.
         sites, reduce, where, device, detach: Same as in recording.
-        stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
-            still completes if the model temporarily replaces parameters, or if a site has no trace and no call index.
+        stop: Whether to return only the cache, and to stop the forward pass once every site has been recorded. The
+            forward pass still completes if the model replaces its parameters while it runs, or if a site has neither a
+            trace nor a call index.
         keywords: Keyword arguments for the model.
 
     Returns:
@@ -122,7 +124,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """Session that records sites. If `double` is True, reductions run in double precision."""
+    """Session that records activations at sites. If `double` is True, reductions run in double precision."""
 
     rows = 0  # number of rows in the last forward pass
 
@@ -238,7 +240,7 @@ class _Record(Located):
         return rewritten if self._lens is None else self._lens.merge(rewritten, leaf)
 
     def _selected(self, where: Mask, region: Tensor, leaf: Tensor, session: Session) -> Tensor:
-        """Return a mask, with the shape of the region, of the elements to reduce."""
+        """Return a bool tensor with the shape of the region, which is True for the elements to reduce."""
         moment, first, axis = session.moment(), self._recorder.first_row, self.batch_axis
         if first is not None and axis is not None:
             self._recorder.rows = leaf.shape[axis]
@@ -251,7 +253,10 @@ class _Record(Located):
         return mask.expand(region.shape)
 
     def _steps(self, leaf: Tensor, session: Session) -> Tensor | None:
-        """Return the episode and the step of each row; None if the rows do not come from a rollout."""
+        """Return the episode and the step of each row: int64 with shape `(row, 2)`.
+
+        Return None if the rows do not come from a rollout, or if the recorded activation has no batch axis.
+        """
         now, axis = published.now, self.batch_axis
         if now.step is None or now.rows is None or self._kept[1] is None or axis is None:
             return None
@@ -278,7 +283,10 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes that remain after a reduction; raise SiteError if `reduce` is unknown or an axis is unnamed."""
+    """Return the names of the axes that remain after a reduction of a region with the given axes.
+
+    Raise SiteError if `reduce` is unknown, or if `reduce` needs axis names and an axis is unnamed.
+    """
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -302,7 +310,7 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
 
 
 def _expanded(side: str, rest: int) -> list[str]:
-    """Split one side of an einops pattern into tokens; an ellipsis expands to `rest` tokens."""
+    """Split one side of an einops pattern into tokens. An ellipsis is replaced by `rest` tokens."""
     dots = [f"...{number}" for number in range(rest)]
     return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
 
@@ -310,10 +318,11 @@ def _expanded(side: str, rest: int) -> list[str]:
 def reduced(
     region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, mask: Tensor | None = None, *, double: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the reduced region and, with a mask of the region's shape, the number of elements behind each value.
+    """Reduce a region. Return the reduced tensor, and the number of elements that went into each of its values.
 
-    With a mask, only the selected elements are reduced; a value for which no elements are selected is NaN. SiteError is
-    raised if the reduction does not apply to the region.
+    `mask` has the region's shape. Only elements for which the mask is True are reduced. If no elements are selected for
+    a value, the value is NaN. Without a mask, the second result is None. SiteError is raised if the reduction does not
+    apply to the region.
     """
     if double or (mask is not None and not (region.is_floating_point() or region.is_complex())):
         if region.is_complex():

@@ -39,19 +39,19 @@ def mean_ablate(
     reference_where: torch.Tensor | None = None,
     where: Mask | None = None,
 ) -> Patch:
-    """Return a patch that sets the region to its mean over a reference set; the site must be traced.
+    """Return a patch that sets the region to the region's mean over a reference set. The site must have a trace.
 
     Args:
         site, where: Same as in Patch.
         reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
-            the whole hook point. Confidence intervals for the effect treat the reference as fixed.
+            the whole hook point. Confidence intervals for the patch's effect treat the reference set as fixed.
         over: Axis or axes to average over.
-        reference_where: Elements of the reference to average; None for all elements. Pass a bool tensor with the same
-            axes as the reference's region. The length of each axis is the region's length or 1.
+        reference_where: Elements of the reference to average; None for all elements. Pass a bool tensor with as many
+            axes as the reference's region, in which each axis has the region's length or length 1.
 
     Raises:
-        SiteError: If the site has no trace, `over` is empty, or an axis does not exist.
-        EditError: If the reference does not have the region's axes, or is not floating-point, or `reference_where`
+        SiteError: If the site has no trace, if `over` is empty, or if an axis in `over` does not exist.
+        EditError: If the reference does not have the region's axes or is not floating-point; or if `reference_where`
             does not match the reference or selects nothing for an element of the mean.
 
     Example:
@@ -81,7 +81,10 @@ def mean_ablate(
 
 
 def mean_pattern(verb: str, site: Site, over: str | Sequence[str]) -> str:
-    """Return the einops pattern that reduces a traced site's axes `over` to length 1; `verb` is for error messages."""
+    """Return the einops pattern that reduces the axes `over` of a traced site to length 1.
+
+    `verb` is the name of the calling function, for error messages.
+    """
     if site.point is None:
         raise SiteError(
             f"{verb} at {site!r} needs axis names. Create the site with hook_points(model, *inputs).site(...)."
@@ -103,7 +106,10 @@ def mean_pattern(verb: str, site: Site, over: str | Sequence[str]) -> str:
 
 
 def check_selected(subject: str, counts: torch.Tensor, error: type[ChanpatchError]) -> None:
-    """Raise `error` if a mask selected nothing for some elements in a mean; `subject` names the mask."""
+    """Raise an exception of class `error` if a mask selected nothing for at least one element of a mean.
+
+    `counts` contains the number of selected elements for each element of the mean. `subject` names the mask.
+    """
     if empty := int((counts == 0).sum()):
         raise error(
             f"{subject} selects nothing for {empty} of the {counts.numel()} elements in the mean. Select more "
@@ -120,11 +126,11 @@ def resample_ablate(
         site, where: Same as in Patch.
         reference: Same as in mean_ablate.
         seed: Random seed, an integer.
-        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
+        per: In a rollout, whether to draw one reference row per `"episode"` or one reference row per `"step"`.
 
     Raises:
         BatchAxisError: If the hook point's batch axis is unknown.
-        EditError: If the reference does not have the region's axes, or `seed` or `per` is invalid.
+        EditError: If the reference does not have the region's axes, or if `seed` or `per` is invalid.
 
     Example:
         >>> from chanpatch import hook_points
@@ -148,15 +154,16 @@ def patch_in(
 
     Args:
         site, where: Same as in Patch.
-        source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
-            axis must have the same length as in the patched run, or length 1.
-        donor: Function to use instead of `source`. It maps the context to other inputs (a tensor, a tuple of positional
-            arguments or a dict of keyword arguments), with one row for each row of `context.inputs`. In each call to
-            the model, the traced method of the unpatched model runs on these inputs, without gradients or side effects.
-            The activation from this run is patched in. Patches with the same function share the run.
+        source: A number; an ActivationCache; or a tensor with the axes of the region or of the whole hook point. The
+            batch axis of an activation must have the same length as in the patched run, or length 1.
+        donor: Function to use instead of `source`. The function maps the context to other inputs (a tensor, a tuple of
+            positional arguments or a dict of keyword arguments), with one row for each row of `context.inputs`. In each
+            call to the patched model, the traced method of the unpatched model also runs on these inputs, without
+            gradients or side effects. The activation from this run is patched in. Patches with the same donor function
+            share one run.
 
     Raises:
-        EditError: If not exactly one of `source` and `donor` is given, or one of them has the wrong type.
+        EditError: If `source` and `donor` are both given or both omitted, or if the given argument has the wrong type.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -184,7 +191,7 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
     Args:
         site, where: Same as in Patch.
-        vector: Same as `source` in patch_in, except that any axis of a tensor may have length 1.
+        vector: Same as `source` in patch_in, except that each axis of a tensor may also have length 1.
         coefficient: Multiplier for the vector.
 
     Example:
@@ -210,7 +217,11 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 
 def _region(site: Site, source: Any) -> Any:
-    """Return the region's activation from a source that covers either the region or the whole hook point."""
+    """Return the activation in the region of `site` from `source`, a cache or a tensor.
+
+    The source contains the activation either in the region or at the whole hook point. If a tensor may be an activation
+    in the region, the tensor is returned unchanged.
+    """
     point, whole = site.point, site.indexed()
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])

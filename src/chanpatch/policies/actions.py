@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one random generator per episode, with a different stream even for episodes that have the same seed."""
+    """Return one random generator per episode. Episodes with the same seed get generators with different streams."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     keys = zip(seeds, repetitions(seeds), strict=True)
     sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]
@@ -39,7 +39,7 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def repetitions(seeds: Sequence[int]) -> list[int]:
-    """For each seed in the list, return how many times the same seed occurs earlier in the list."""
+    """Return one number per seed in the list: how many times the seed occurs earlier in the list."""
     times: Counter[int] = Counter()
     found = []
     for seed in seeds:
@@ -54,7 +54,7 @@ def chosen_actions(
     """Return one action per row, in the format that the environments expect.
 
     `streams` contains one random generator per row, used for sampling. If `streams` is None, the action in each row is
-    the mode of that row's distribution.
+    the mode of that row's distribution. If the policy returned actions instead of a distribution, return these actions.
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
@@ -88,7 +88,10 @@ def chosen_actions(
 
 
 def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, list[Transform]]:
-    """Return the distribution to sample from, and the elementwise transforms to apply to the sample."""
+    """Return the base distribution to sample from, and the elementwise transforms to apply to the sample.
+
+    Raise an error if samples cannot be drawn by inverse CDF.
+    """
     transforms: list[Transform] = []
     while isinstance(distribution, (Independent, TransformedDistribution)):
         transforms = [*getattr(distribution, "transforms", ()), *transforms]
@@ -108,7 +111,7 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
-    """Return the tensors that define a choice: the actions themselves, or the parameters of the distribution."""
+    """Return the tensors that define a choice: the actions, or the parameters of the distribution over actions."""
     if isinstance(choice, Tensor):
         return [choice]
     distribution, _ = _untransformed(choice)
@@ -116,9 +119,9 @@ def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """Return the actions, clipped or rescaled with `decision.to_box` if the space is a Box.
+    """Return the actions; if the action space is a Box, first clip or rescale the actions with `decision.to_box`.
 
-    Raise an error if the actions do not have the shape that the space expects.
+    Raise an error if the actions do not have the shape that the action space expects.
     """
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
@@ -132,7 +135,7 @@ def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) ->
 
 
 def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
-    """Return a policy's actions in the dtype of the action space. Raise an error if an action is not in the space."""
+    """Convert a policy's actions to the dtype of the action space. Raise an error if the space rejects an action."""
     with np.errstate(invalid="ignore"):  # NaN raises an error below
         found = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
@@ -145,7 +148,10 @@ def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
 
 
 def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return why a distribution does not fit a discrete action space, or "" if it fits or the space is not discrete."""
+    """Return why a distribution does not fit a discrete action space, as a phrase for an error message.
+
+    Return "" if the distribution fits, or if the action space is not discrete.
+    """
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""
@@ -160,7 +166,7 @@ def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Nor
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
-    """Turn random numbers that are uniform in [0, 1) into samples by applying the inverse CDF of a distribution."""
+    """Apply the inverse CDF of a distribution to random numbers that are uniform in [0, 1). Return the samples."""
     if isinstance(distribution, Categorical):
         cumulative = distribution.probs.cpu().double().cumsum(-1)
         reached = uniform * cumulative[..., -1]  # the last value is 1 up to rounding

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def checked_envs(envs: Any) -> VectorEnv[Any, Any, Any]:
-    """Return the environments as a vector environment with numeric observations, or raise an error."""
+    """Convert environments to a vector environment. Raise an error if observations are not numeric arrays."""
     vector = vector_env(envs)
     if getattr(vector, "single_observation_space", None) is None:
         raise RolloutError(
@@ -52,7 +52,7 @@ def checked_envs(envs: Any) -> VectorEnv[Any, Any, Any]:
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if observations from a space, or from a part of a Dict or Tuple space, are not numeric arrays."""
+    """Raise an error if observations from a space are not numeric arrays. Check every part of a Dict or Tuple space."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
@@ -66,17 +66,17 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the method of `model` with the same name as the traced method, or `model` itself for `__call__`."""
+    """Return the method of `model` that has the name of the traced method. For `__call__`, return `model` itself."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
 
 def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> Any:
-    """Check that a rollout can call a policy, and return the function or module to call.
+    """Check that a rollout can call a policy, and return the policy unchanged.
 
     Raises:
-        RolloutError: If the policy is not callable, requires masks or other arguments that are not passed, or expects
-            observations of a different shape.
+        RolloutError: If the policy is not callable; if the policy requires masks or other arguments that the rollout
+            does not pass; or if the policy expects observations of a different shape.
     """
     if not callable(policy):
         raise RolloutError(
@@ -111,7 +111,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 
 def _masking(policy: Any) -> str:
-    """Return the class name of a module in the policy that expects action masks, or "" if there is no such module."""
+    """Return the class name of the first module in the policy that expects action masks, or "" if no module does."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
@@ -140,8 +140,8 @@ def _check_observations(policy: Any, envs: Any) -> None:
 def check_modes(policies: Mapping[str, Any]) -> None:
     """Raise RolloutError if a module such as dropout is in training mode in one policy and in eval mode in another.
 
-    The modes in the first policy are compared with those in each other policy. The modes in each twin are compared with
-    those in the twin's original policy.
+    The modes in the first policy are compared with the modes in each other policy. The modes in each twin are compared
+    with the modes in the twin's original policy.
     """
     held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
     first, *others = held.items()
@@ -157,8 +157,9 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
     """Raise RolloutError if two modules with the same name, one from each list, are in different modes.
 
-    Only modules such as dropout are compared. If all of them are in training mode in one list and in eval mode in the
-    other, modules with different names are also compared, in the order of the lists.
+    Only modules that behave differently in training mode, such as dropout, are compared. If all such modules are in
+    training mode in one list and in eval mode in the other list, modules with different names are also compared: the
+    first such module of one list with the first of the other list, and so on.
     """
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
@@ -184,9 +185,9 @@ def _module(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
-    """Raise an error if a patch function seems to use episode numbers as indices of sub-environments.
+    """Raise an error if an edit or a `where` function seems to use episode numbers as indices of sub-environments.
 
-    Such a function uses the environments and `context.rows`, but not `context.environments`.
+    A function is rejected if it uses the environments and `context.rows`, but not `context.environments`.
     """
     for patch in patches:
         for function in filter(callable, (patch.edit, patch.where)):
@@ -224,14 +225,15 @@ def check_rows(
 ) -> None:
     """Raise RolloutError if the policy's output for unpatched rows depends on other rows or on random draws.
 
-    If there is no such dependence, each label in a sweep gets the same results as in a rollout of its own.
+    If the output depends on neither, each label in a sweep gets the same results as in a separate rollout.
 
     Args:
-        run: Open context that saved the policy's state before the first step.
-        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
-            after the first step is restored when the check is done.
+        run: Open `undisturbed` context that saved the policy's state before the first step.
+        again: Second `undisturbed` context, not open yet. The check runs inside this context, so that the policy's
+            state after the first step is restored when the check is done.
         decision: Decision for all rows in the first step. Unpatched rows come first.
-        alone: Function that runs the policy on only the first few (unpatched) rows, and returns the decision for them.
+        alone: Function that runs the policy on only the first few rows, which are unpatched, and returns the decision
+            for these rows.
         mixed: Whether the first step also included patched rows.
     """
     with again:
@@ -257,7 +259,8 @@ def check_rows(
 def noted_logs(policy: Any) -> tuple[Snapshot, Snapshot]:
     """Return two snapshots for the containers and ledgers that a policy uses.
 
-    The first snapshot has already saved their contents. The second is empty until its `note` method is called.
+    The first snapshot already contains the current contents of the containers and ledgers. The second snapshot is empty
+    until its `note` method is called.
     """
     logs = [each for each in used_by(policy, *functions_of(patches_inside(policy))) if _may_keep_state(each)]
     logs += [firing.counts for firing in firings_inside(policy)]
@@ -276,14 +279,14 @@ def check_repeats(
 ) -> None:
     """Raise RolloutError if a policy's first decision changes when the decision is repeated from the same state.
 
-    The decision may change because of random draws from generators that a rollout restores. The repeated forward pass
-    leaves no entries in logs and ledgers.
+    No error is raised if the policy draws from random generators that a rollout restores. Containers and ledgers are
+    restored after the repeated forward pass.
 
     Args:
-        logs: Result of `noted_logs` before the first step.
-        run: Open context that saved the policy's state before the first step.
-        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
-            after the first step is restored when the check is done.
+        logs: Result of a call to `noted_logs` before the first step.
+        run: Open `undisturbed` context that saved the policy's state before the first step.
+        again: Second `undisturbed` context, not open yet. The check runs inside this context, so that the policy's
+            state after the first step is restored when the check is done.
         decision: Decision in the first step.
         repeat: Function that runs the policy again on the same rows, and returns the new decision.
         mixed: Unused. Accepted so that this function can be called like `check_rows`.
@@ -306,7 +309,10 @@ def check_repeats(
 
 
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether `alone`, a decision for only the first rows, equals those rows of `decision` up to rounding."""
+    """Return whether two decisions are equal up to rounding, in as many first rows as `alone` has.
+
+    The compared numbers are the action values or, if there are none, the actions or the distribution's parameters.
+    """
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
 
@@ -332,7 +338,8 @@ class SharedState:
     A rollout does not restore containers that functions share, because a function may use a container as a log.
 
     Args:
-        users: Dict that maps the name of each policy or label to the functions and modules that it uses.
+        users: Dict that maps the name of each policy or label to a list of the functions and modules that the policy or
+            the label's patches use.
         envs: The environments. Containers inside the environments are ignored.
     """
 
@@ -350,7 +357,7 @@ class SharedState:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
         `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
-        is part of the error message: the owner of the episodes, such as "of the sweep".
+        is text for the error message that says whose episodes these are, such as "of the sweep".
         """
         self._snapshot.note()
         rollouts = run()
@@ -372,7 +379,7 @@ class SharedState:
 
 
 def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:
-    """Raise RolloutError if the rollouts named `one` and `other`, both from the same policy, are different."""
+    """Raise RolloutError if the rollouts named `one` and `other`, which are of the same policy, are different."""
     if not _equal(rollouts[one], rollouts[other]):
         raise RolloutError(
             f"{one!r} and {other!r} are the same policy, but their episodes differ. The policy draws from a generator "

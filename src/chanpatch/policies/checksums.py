@@ -16,7 +16,7 @@ from torch import Tensor
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
     """Return a checksum of the observation in each of `count` sub-environments: uint64 with shape `(environment,)`.
 
-    Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
+    Observations may be arrays, tensors, strings or other objects, or dicts or tuples that contain such observations.
     """
     if not isinstance(observations, np.ndarray):
         if isinstance(observations, Mapping):
@@ -50,7 +50,7 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return one random odd weight per 64-bit word. Every call returns the same weights.
+    """Return random odd numbers to use as weights of 64-bit words: uint64 with shape `(words,)`, equal in every call.
 
     A checksum is the weighted sum of the words. Because the weights are odd, the sum changes whenever a single word
     changes. Because the weights are random, the sum almost always changes if several words change.

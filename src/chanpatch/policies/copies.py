@@ -26,9 +26,10 @@ STATE = "_chanpatch"  # the attribute of a twin that stores its patches
 
 
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
-    """Copy a module tree without chanpatch's hooks. The copy shares its parameters and buffers with the policy.
+    """Copy the module tree `plain` without chanpatch's hooks. The copy shares its parameters and buffers with `plain`.
 
-    `plain` is the tree to copy: the policy itself or, if the policy is a twin, the same tree without the patches.
+    `plain` is the policy itself. If the policy is a twin, `plain` is instead a module with the same submodules and
+    weights as the twin, but without patches.
     """
     stored = [*_reachable([policy], _stored_in)]
     _refuse_references_to(policy, stored)
@@ -49,9 +50,9 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def refuse_writing_modes(policy: nn.Module) -> None:
-    """Raise an error if a module overrides `train` or `eval` with code that changes parameters (merges an adapter).
+    """Raise an error if a module overrides `train` or `eval` with code that changes parameters, as adapters may do.
 
-    The two methods are tried on a copy that has its own parameters. Overrides that only set flags are thus accepted.
+    The two methods are tried on a copy that has its own parameters, so an override that only sets flags is accepted.
     """
     for name, module in policy.named_modules():
         modes = {each: getattr(type(module), each) for each in ("train", "eval")}
@@ -88,7 +89,10 @@ _TRIAL = 2  # the sum, difference, product and quotient of two parameters with t
 
 
 def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
-    """Return a memo for deepcopy: weights are shared, and non-leaf tensors, which deepcopy cannot copy, are clones."""
+    """Return a memo for deepcopy, which maps the id of a tensor to the tensor to use in the copy.
+
+    Parameters and buffers map to themselves. Other non-leaf tensors, which deepcopy cannot copy, map to clones.
+    """
     tensors = [item for item in stored if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -98,8 +102,9 @@ def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
 def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    In a copy, such a function would run the original's modules, or fill a container that only the original reads. The
-    copy's patches might then have no effect, and UnreachedError is raised only if no other call reaches the patch.
+    `stored` contains all objects stored on the policy. In a copy, such a function would run the original's modules, or
+    fill a container that only the original reads. A patch of the copy might then have no effect, without UnreachedError
+    if another call reaches the patch.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
@@ -115,7 +120,7 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the modules that a policy uses, including the policy itself if it is a module, but not its submodules."""
+    """Return the modules that a policy uses, including the policy if the policy is a module, without submodules."""
     return [item for item in used_by(policy) if isinstance(item, nn.Module)]
 
 
@@ -125,7 +130,7 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 
 def firings_inside(policy: Any) -> list[Any]:
-    """Return the Firing objects, one per patch, of all twins that a policy contains or uses."""
+    """Return one Firing for each patch of each twin that a policy contains or uses."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
     return [firing for module in modules if STATE in vars(module) for firing in vars(module)[STATE].firings]
 
@@ -136,10 +141,10 @@ def functions_of(patches: Iterable[Patch]) -> list[Any]:
 
 
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
-    """Return three things: modules and dicts that a rollout restores, and ids of objects that it does not restore.
+    """Return the modules and dicts that a rollout restores, and the ids of objects that a rollout does not restore.
 
-    The dicts contain the attributes of objects. The last dict contains random generators, and the nonlocal and global
-    variables that functions assign to. The ids belong to the objects inside the environments.
+    Each dict except the last contains the attributes of one object. The last dict contains random generators, and the
+    nonlocal and global variables that functions assign to. The ids belong to the objects inside the environments.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
@@ -152,12 +157,12 @@ def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]],
 
 
 def used_by(*roots: Any) -> list[Any]:
-    """Return the given objects, and all objects that may be used when the given objects are called."""
+    """Return the given objects and all objects that may be used when one of the given objects is called."""
     return [*_reachable(roots, _parts_that_act)]
 
 
 def parts_of_environments(envs: Any) -> Iterator[Any]:
-    """Yield the environments and all objects that they contain, except the contents of modules."""
+    """Yield the environments and all objects inside the environments. Yield modules, but not their contents."""
     return _reachable([envs], lambda item: () if isinstance(item, nn.Module) else _stored_in(item))
 
 
@@ -171,7 +176,7 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 
 def _stored_in(item: Any) -> Iterable[Any]:
-    """Return the parts of an object that deepcopy would copy with the object: its items and its attributes."""
+    """Return the items and the attribute values of an object, which deepcopy would copy together with the object."""
     if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})
@@ -191,10 +196,10 @@ def _parts_that_act(item: Any) -> Iterable[Any]:
 
 
 def _referenced_by(item: Any) -> Iterable[Any]:
-    """Return the items of a container, and the objects that a function or a weak reference refers to.
+    """Return the items of a container, or the objects that a function or a weak reference refers to.
 
-    A function refers to its default arguments, its attributes, and the variables in its closure and among its globals.
-    For functions from a library, the globals are skipped.
+    A function refers to its default arguments and its attributes, and to those variables in its closure and its module
+    that the function's code reads. For functions from a library, variables in the module are skipped.
     """
     if isinstance(item, weakref.ref):
         return (item(),)
@@ -229,17 +234,17 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names on which the given bytecode operations act, in a code object and in functions defined there."""
+    """Return the names on which the given bytecode operations act, in a function's code and in nested functions."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]
 
 
 def _is_plain(item: Any) -> bool:
-    """Return whether an object keeps its state in attributes and belongs to the user's own code.
+    """Return whether an object keeps its state in attributes and is defined in the user's own code.
 
-    The result is False for modules, classes, environments, replay buffers, and objects from libraries, except for a
-    SimpleNamespace.
+    Return True for any SimpleNamespace. Return False for modules, classes, environments, replay buffers, and other
+    objects from libraries.
     """
     if isinstance(item, types.FunctionType):
         return not _is_from_library(item.__module__)

@@ -27,10 +27,10 @@ class Decision(NamedTuple):
     """A policy's decision for a batch of observations.
 
     Attributes:
-        choice: The distribution over actions, or the actions themselves.
+        choice: The distribution over actions; or the actions, if the policy returned actions.
         to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does;
-            None if the actions are used as they are.
-        values: Action values, or None if the policy did not return action values.
+            None if the actions are used unchanged.
+        values: Values of all actions, with shape `(row, action)`, or None if the policy did not return values.
     """
 
     choice: Distribution | Tensor
@@ -51,11 +51,12 @@ def action_distribution(
     Args:
         policy: Module or function that accepts a batch of observations.
         observations: Batch of observations.
-        outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`, or
-            `"values"`, which selects the action with the highest value. Rollouts also accept `"actions"`.
+        outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`; or
+            `"values"`, to select the action with the highest value. Rollouts also accept `"actions"`.
 
     Raises:
-        DistributionError: If the output contains no distribution, or if the output is a tensor and `outputs` is None.
+        DistributionError: If the policy's output does not define a distribution, or if the output is a tensor and
+            `outputs` is None.
     """
     check_outputs(outputs)
     choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
@@ -74,7 +75,10 @@ def check_outputs(outputs: Any) -> None:
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Run a policy and return its output. A Stable-Baselines3 policy returns a distribution or a Decision."""
+    """Run a policy and return the output. For a Stable-Baselines3 policy, the output is a distribution or a Decision.
+
+    The outputs of all other policies are returned unchanged.
+    """
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -95,7 +99,7 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
     """Run a Stable-Baselines3 policy that has no `get_distribution`.
 
-    Return the actor's distribution or, if the actor has none, a Decision with the deterministic action.
+    Return the actor's distribution. If the actor has no distribution, return a Decision with the deterministic action.
     """
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
@@ -173,12 +177,12 @@ def _joined(output: Any) -> Categorical | None:
 
 
 def _greedy(values: Tensor) -> Categorical:
-    """Return the distribution that always selects the action with the highest value."""
+    """Return a distribution that selects the action with the highest value in each row with probability 1."""
     return Categorical(logits=torch.full_like(values, -torch.inf).scatter(-1, values.argmax(-1, keepdim=True), 0))
 
 
 def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decision:
-    """Return a decision that never selects an action for which the mask is False."""
+    """Return `decision` without the actions whose mask is False. `subject` is the policy's name in error messages."""
     choice, values = decision.choice, decision.values
     if not isinstance(choice, Categorical):
         returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
@@ -201,9 +205,9 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Call `masks`, and return which actions are allowed: a bool array with shape `(environment, action)`.
+    """Call `masks`, and return a bool array with shape `(environment, action)`, which is True for allowed actions.
 
-    Return None if `masks` is None.
+    For a MultiDiscrete action space, the shape is `(environment, part, choice)`. Return None if `masks` is None.
     """
     if masks is None:
         return None
@@ -223,7 +227,10 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
 
 
 def _by_part(masks: NDArray[Any], space: Any) -> NDArray[Any]:
-    """For a MultiDiscrete space, convert masks in the format of sb3-contrib's MaskablePPO to `(row, part, choice)`."""
+    """For a MultiDiscrete space, convert masks from MaskablePPO's format to an array of shape `(row, part, choice)`.
+
+    Return all other masks unchanged.
+    """
     counts = getattr(space, "nvec", None)
     if counts is None or counts.ndim != 1 or masks.shape[1:] != (counts.sum(),):
         return masks

@@ -55,9 +55,9 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    Before each forward pass, `around` receives the repetition number of each row as int64 with shape `(row,)`, and
-    returns the context manager in which the forward pass runs. `label` is the policy's name in paired rollouts, and
-    None in other rollouts.
+    Before each forward pass, `around` receives the repetition number of each row, as int64 with shape `(row,)`. The
+    forward pass runs inside the context manager that `around` returns. `label` is the policy's name in paired rollouts,
+    and None in other rollouts.
     """
     check_outputs(options.outputs)
     refuse_replaced(policy, options.masks, envs)
@@ -76,7 +76,7 @@ def play(
         player = _Player(policy, envs, log, options, around)
         again = undisturbed(held, *state)
         check: Any = functools.partial(check_rows, run, again) if times > 1 else None
-        if times == 1 and label is not None:  # one of several policies
+        if times == 1 and label is not None:  # paired rollouts
             check = functools.partial(check_repeats, noted_logs(policy), run, again)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier episodes
@@ -101,9 +101,10 @@ class _Player:
     def play(
         self, wave: NDArray[np.int64], advance: Callable[[int], object], check: Callable[..., None] | None
     ) -> None:
-        """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
+        """Play the episodes in one wave in parallel until all have finished, and advance the progress bar.
 
-        If `check` is not None, call it on the first decision, with the last three arguments of `check_rows`.
+        `wave` contains numbers of plays in the log. If `check` is not None, call `check` after the first decision, with
+        the last three arguments of `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -143,7 +144,7 @@ class _Player:
         self._keep_state(wave[self._running], np.ones(len(self._running), np.bool_))
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. If the wave has too few episodes, repeat seeds."""
+        """Reset the environments for a new wave. If there are more environments than episodes, repeat seeds."""
         self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
@@ -159,19 +160,19 @@ class _Player:
         self._log.keep_infos(wave, self._infos, self._running, np.zeros(self._envs.num_envs, np.bool_))
 
     def _restart(self, over: NDArray[np.bool_]) -> None:
-        """Reset finished sub-environments, unless the vector environment resets sub-environments automatically."""
+        """Reset the sub-environments marked in `over`, if the vector environment does not reset them automatically."""
         if self._envs.metadata.get("autoreset_mode") is imported("gymnasium.vector").AutoresetMode.DISABLED:
             self._observations, infos = self._envs.reset(options={"reset_mask": over})
             if self._allowed is not None:
                 self._allowed[over] = allowed_actions(self._options.masks, self._envs, infos)[over]
 
     def _seen(self) -> NDArray[np.uint64]:
-        """Return one checksum per sub-environment, computed from the observation and, if there are masks, the mask."""
+        """Return one checksum of the current observation, and of the mask if there are masks, per sub-environment."""
         both = self._observations if self._allowed is None else (self._observations, self._allowed)
         return checksums(both, self._envs.num_envs)
 
     def _begin(self) -> None:
-        """Set the recurrent state of the running episodes to the initial state."""
+        """If the policy is recurrent, set the state in the row of each running episode to the initial state."""
         self._rows_before, self._state = len(self._running), None
         if self._options.initial_state is not None:
             self._state = self._options.initial_state(len(self._running))
@@ -179,25 +180,26 @@ class _Player:
                 self._state = replace(self._state, path, self._placed(tensor))
 
     def _keep(self, continues: NDArray[np.bool_]) -> None:
-        """Keep only the rows of episodes that continue; drop the rows of finished episodes."""
+        """Drop the rows of finished episodes, in which `continues` is False, from the batch and the recurrent state."""
         self._rows_before, self._running = len(self._running), self._running[continues]
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
     def _keep_state(self, plays: NDArray[np.int64], ended: NDArray[np.bool_]) -> None:
-        """For episodes that ended, add the recurrent state after the last step to the log."""
+        """For rows in which `ended` is True, add the recurrent state after the episode's last step to the log."""
         for row in np.flatnonzero(ended):
             self._log.keep_state(plays[row], rows_of(self._state, self._state_axes, torch.tensor([row])))
 
     def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
-        """Run `check` on the first decision in a wave if the wave contains unpatched rows, which come first.
+        """Run `check` on the first decision in a wave if the wave contains unpatched rows.
 
-        If several waves have only unpatched rows, only the first of these waves is checked.
+        If several waves contain only unpatched rows, only the first of these waves is checked. In a wave that also
+        contains patched rows, the unpatched rows come first.
         """
         plays = self._wave[self._running]
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # In the first step, patched and unpatched rows have equal observations, so omit some unpatched rows, too.
+            # Patched and unpatched rows may have equal first observations, so leave some unpatched rows out as well.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
@@ -209,7 +211,7 @@ class _Player:
         return other._decision()
 
     def _decision(self) -> Decision:
-        """Return the decision for the running episodes, and update the recurrent state."""
+        """Run the policy on the running episodes, update the recurrent state, and return the policy's decision."""
         plays, episodes = self._wave[self._running], self._log.episodes
         infos = functools.partial(_infos_of, self._infos, self._envs.num_envs)
         known = {"step": self._step, "infos": infos, "repeated": self._is_repeated, **self._log.published}
@@ -252,7 +254,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Convert observations, which may be nested in dicts and tuples, to tensors."""
+        """Convert an array, or dicts and tuples that contain arrays, to tensors in the same structure."""
         if is_sb3_policy(self._owner):
             return to_tensors(self._owner, observations)
         if isinstance(observations, Mapping):
@@ -262,15 +264,15 @@ class _Player:
         return self._placed(torch.as_tensor(observations))
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the policy's device and, if it is floating point, to the policy's dtype."""
+        """Move a tensor to the policy's device. Convert a floating-point tensor to the policy's dtype."""
         if self._like is None:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _advice(self, error: RuntimeError, observations: Any) -> str:
-        """Return advice on an error that was caused by the observations' dtype, layout or number of rows.
+        """Return advice for the user if an error was caused by the observations' dtype, layout or number of rows.
 
-        For other errors, return an empty string.
+        For other errors, return an empty string. The advice begins in the middle of a sentence.
         """
         text, rows, before = str(error), len(self._running), self._rows_before
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
@@ -297,7 +299,7 @@ class _Player:
 
 
 def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Select the entries for the chosen sub-environments from the infos that an environment returned.
+    """Select the entries for the chosen sub-environments from the infos that a vector environment returned.
 
     Lists and arrays are indexed if they have one entry per sub-environment. Other values are returned unchanged.
     """
@@ -310,14 +312,17 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Select rows from each tensor in nested containers. `batch_axes` contains the batch axis of each tensor."""
+    """Select rows from the tensors in nested containers. `batch_axes` maps each tensor's path to its batch axis."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: Callable[[int], Any]) -> BatchAxes:
-    """Find the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
+    """Map the path of each tensor in a recurrent state to the tensor's batch axis, whose length is the number of rows.
+
+    `initial_state` returns the initial state for a given number of rows.
+    """
     if not callable(initial_state):
         raise RolloutError(
             "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "

@@ -32,9 +32,9 @@ class Options(NamedTuple):
 
 
 class Log:
-    """The results of all plays and their random generators, sorted by repetition and then by episode.
+    """The results and random generators of all plays, sorted by repetition and then by episode.
 
-    A play is one repetition of an episode.
+    A play is one repetition of an episode. Plays are numbered in this order.
     """
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
@@ -72,14 +72,17 @@ class Log:
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
     ) -> None:
-        """Add one step to the results of the given plays. `seen` contains the checksums of the new observations."""
+        """Add one step to the results of the plays with the given numbers.
+
+        `actions`, `rewards` and `seen`, the checksums of the new observations, contain one entry per given play.
+        """
         self.returns[plays] += rewards
         self.gained.append((plays, rewards))
         self.taken.append((plays, actions))
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def keep_observations(self, plays: NDArray[np.int64], observations: Any) -> None:
-        """Store the observations for the given plays, if `keep` contains "observations"."""
+        """If `keep` contains "observations", store one observation for each play. The plays are given by number."""
         if _OBSERVATIONS in self._kept:
             for row, play in enumerate(plays):
                 self._kept[_OBSERVATIONS][play].append(rows_of_observations(observations, row))
@@ -87,7 +90,10 @@ class Log:
     def keep_infos(
         self, plays: NDArray[np.int64], infos: dict[str, Any], rows: NDArray[np.int64], over: NDArray[np.bool_]
     ) -> None:
-        """Store the infos named in `keep` for the given plays. `over` marks sub-environments that ended an episode."""
+        """Store the infos named in `keep` for the plays with the given numbers.
+
+        `rows` contains the sub-environment of each play. `over` is True for sub-environments that ended an episode.
+        """
         final = infos.get("final_info", infos)  # after a reset in the same step, infos describe the next episode
         if self._infos:
             self._known_infos |= {each for each in (*infos, *final) if not each.startswith("_")}
@@ -98,7 +104,7 @@ class Log:
                 self._kept[name][play].append(rows_of_observations(source[name], row) if is_known else None)
 
     def keep_state(self, play: int, state: Any) -> None:
-        """Store the recurrent state after the last step of a play, if `keep` contains "final_state"."""
+        """If `keep` contains "final_state", store `state`, the recurrent state after the last step of a play."""
         if _STATE in self._kept:
             self._kept[_STATE][play] = state
 
@@ -128,14 +134,20 @@ class Log:
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Convert pairs (plays, values), one pair per step, to one array of values with shape `(step, ...)` per play."""
+    """Split the values from all steps by play, and return one array with shape `(step, ...)` per play.
+
+    Each step is a pair: the numbers of the plays that took this step, and an array with one value per such play.
+    """
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
 def _stacked(values: list[Any]) -> Any:
-    """Stack one value per step. Numbers, and arrays with equal shapes, become an array; others an array of objects."""
+    """Stack the values from all steps of an episode, one value per step.
+
+    Numbers, and arrays with equal shapes, become a numeric array. Other values become an array of objects.
+    """
     first = values[0]
     if isinstance(first, Mapping) and all(isinstance(each, Mapping) and each.keys() == first.keys() for each in values):
         return {name: _stacked([each[name] for each in values]) for name in first}

@@ -26,7 +26,7 @@ _ROUNDING = 1e-12  # relative rounding error in a sum of rewards
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Rollout(Records):
-    """Results from one policy: one episode per seed, in the order of the seeds.
+    """Results of the episodes that one policy played: one episode per seed, in the order of the seeds.
 
     Attributes:
         seeds: Seed of each episode.
@@ -36,19 +36,19 @@ class Rollout(Records):
         truncated: Whether each episode was cut off by the environment or at `max_steps`.
         actions: One array of actions, with shape `(step, ...)`, per episode.
         seen: One array of checksums, with shape `(1 + step,)`, per episode: first a checksum of the first observation,
-            then a checksum of the reward and the observation at each step.
-        settings: Dict with the arguments `max_steps`, `sampling_seed` and `greedy`, and with `masked`, which is True if
-            action masks were used.
+            then, for each step, one checksum of the step's reward and new observation.
+        settings: Dict with the values of the arguments `max_steps`, `sampling_seed` and `greedy`, and with `masked`,
+            which is True if action masks were used.
         rewards: One array of rewards, with shape `(step,)`, per episode.
-        kept: For each name in `keep`, one entry per episode. An entry for `"observations"` is an array with shape
-            `(step, ...)`, or a dict or tuple of arrays. An entry for `"final_state"` is the recurrent state after the
-            last step, with one row. An entry for an info is an array with shape `(1 + step, ...)`. It begins with the
-            info from `reset`, and missing infos are None.
+        kept: Dict that maps each name in the argument `keep` to a tuple with one entry per episode. An entry for
+            `"observations"` is an array with shape `(step, ...)`, or a dict or tuple of such arrays. An entry for
+            `"final_state"` is the recurrent state after the last step, with one row. An entry for an info is an array
+            with shape `(1 + step, ...)`, whose first value is the info from `reset`. Missing infos are None.
 
     Rollouts with different seeds and equal settings can be joined with `+`.
 
     Raises:
-        RolloutError: If joined rollouts have a seed in common, or have different settings.
+        RolloutError: If two rollouts to be joined have a seed in common or have different settings.
     """
 
     seeds: tuple[int, ...]
@@ -89,14 +89,15 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     """Rollouts of several policies in the same episodes. The first policy is compared with each of the others.
 
     Attributes:
-        rollouts: Rollout of each policy, by the policy's name.
+        rollouts: Dict that maps each policy's name to the policy's Rollout.
         remarks: Notes on the intervals, shown below the table.
 
     Results with the same policies and different seeds can be joined with `+`.
 
     Raises:
         RolloutError: If two policies have different seeds or settings, or if an episode differs between two policies
-            before their actions differ. Also if joined results have different policies or have a seed in common.
+            before the actions in the episode differ. Also if two results to be joined have different policies or have a
+            seed in common.
     """
 
     rollouts: Mapping[str, Rollout]
@@ -132,14 +133,17 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return the difference between each other policy's return and the first policy's return in each episode.
+        """Return each policy's return minus the first policy's return in each episode, with shape `(policy, episode)`.
 
-        The shape is `(policy, episode)`.
+        The first policy is not included.
         """
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
-        """Return each policy's mean return minus the first policy's mean return, with shape `(policy,)`."""
+        """Return each policy's mean return minus the first policy's mean return, with shape `(policy,)`.
+
+        The first policy is not included.
+        """
         found: NDArray[np.float64] = self.differences().mean(axis=1)
         return found
 
@@ -159,8 +163,9 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per policy except the first.
 
-        Each record contains the policy's `label`, the `effect` with a 95% interval (`low`, `high`, `note`), the mean
-        return of the policy (`patched`) and of the first policy (`original`), and the number of episodes `n`.
+        Each record contains the policy's name (`label`), the `effect` with a 95% interval (`low`, `high`, `note`), and
+        the number of episodes (`n`). It also contains the mean return of the policy (`patched`) and of the first policy
+        (`original`).
         """
         return self._compared({label: self[label] for label in self.labels}, self.interval())
 
@@ -174,9 +179,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return f"difference in mean return, n = {self._episodes}"
 
     def plot_curves(self, values: Literal["returns", "lengths"] = "returns", ax: Axes | None = None) -> Axes:
-        """Plot the fraction of episodes above each return or length (survival curves); see `chanpatch.plots.survival`.
+        """Plot survival curves: for each value, the fraction of episodes whose return or length is above that value.
 
-        The figure shows the first policy and the five other policies with the largest absolute effects.
+        The figure shows the first policy and the five other policies with the largest absolute effects. See
+        `chanpatch.plots.survival`.
         """
         labels = {"returns": "return", "lengths": "episode length (steps)"}
         if values not in labels:
@@ -213,7 +219,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return [*interval_notes(self.interval().note), *self.remarks]
 
     def _joined(self, other: Self) -> dict[str, Any]:
-        """Return the fields of the joined result, by name."""
+        """Join two results, and return a dict that maps the names of the joined result's fields to their values."""
         remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
         return {"rollouts": _joined(self.rollouts, other.rollouts), "remarks": remarks}
 
@@ -255,7 +261,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _joined(one: Any, other: Any) -> Any:
-    """Join two arrays, tuples or rollouts, or two dicts of these with equal keys."""
+    """Join two arrays, two tuples or two rollouts. For two dicts with equal keys, join the two values of each key."""
     if isinstance(one, Mapping):
         return {name: _joined(each, other[name]) for name, each in one.items()}
     return np.concatenate([one, other]) if isinstance(one, np.ndarray) else one + other
@@ -275,7 +281,10 @@ def _check_parts(one: Rollout, other: Rollout) -> None:
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise an error if two rollouts differ in seeds or settings, or if an episode differs before the actions do."""
+    """Raise an error if two rollouts have different seeds or settings, or if an episode differs before the actions do.
+
+    `names` is text for the error message that names both rollouts.
+    """
     if first.seeds != other.seeds:
         raise RolloutError(f"{names} cannot be compared because their rollouts used different seeds.")
     for name, value in first.settings.items():
@@ -310,8 +319,9 @@ class SweptRollouts(PairedRollouts):
     """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with the patches of each label.
 
     Attributes:
-        rollouts: Rollouts by label, without the controls. The rollout of the unpatched policy comes first.
-        controls: Rollouts with the control patches, by label; None if there are no controls.
+        rollouts: Dict that maps each label to a Rollout, without the controls. The rollout of the unpatched policy
+            comes first.
+        controls: Dict that maps the label of each control to a Rollout; None if there are no controls.
         no_p: Reason why ranks among the controls have no p-values, or an empty string if p-values are available.
     """
 
@@ -334,10 +344,10 @@ class SweptRollouts(PairedRollouts):
         return ranks_among(effects, others, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Return one record per label, as in `PairedRollouts`, with the controls last.
+        """Return one record per label except `"original"`, as in `PairedRollouts`, with the controls last.
 
-        With controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p`, the reason for
-        a missing p-value.
+        If there are controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p` (the
+        reason for a missing p-value).
         """
         records = super().comparisons()
         if self.controls is None:

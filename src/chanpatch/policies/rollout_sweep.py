@@ -55,36 +55,38 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> SweptRollouts:
-    """Roll out a policy unpatched and with each label's patches, in the same episodes.
+    """Roll out a policy unpatched and with each of several labeled sets of patches, in the same episodes.
 
     The result equals the result of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward
-    passes: each combination of label and episode has its own row in the vector environment. A patch receives
-    activations, inputs and episode numbers (`context.rows`) only for the rows of its own label. Use as many
-    sub-environments as fit in one forward pass.
+    passes: each combination of label and episode has its own row in the batch. A patch receives activations, inputs and
+    episode numbers (`context.rows`) only for the rows of the patch's own label. Use as many sub-environments as rows
+    fit in one forward pass.
 
     For the results to be equal, the policy must treat each row independently, and patches may draw random numbers only
     through `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has
     a `forward` method.
 
     Args:
-        policy: Module, its HookPoints, or a Stable-Baselines3 model.
-        patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
-            labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
-        controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
+        policy: Module, HookPoints of a module, or Stable-Baselines3 model.
+        patches: Mapping from each label to one or more patches; or a sequence of patches, each of which is labeled by
+            its site. Create the sites from traced HookPoints, so that the sites' batch axes are known.
+        controls: Control patches, in the same format as `patches`. The effects are ranked among the effects of the
+            controls. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, progress: Same as in
             `rollout`.
 
     Returns:
-        The rollout of the unpatched policy, labeled `"original"`, then one rollout per label. `comparisons()` returns
-        the differences in mean return from the original, with intervals and ranks.
+        Mapping from labels to rollouts. The first label is `"original"`, for the unpatched policy. `comparisons()`
+        returns the difference in mean return between each label and `"original"`, with intervals and ranks.
 
     Raises:
         BatchAxisError: If the batch axis of a site is unknown.
         ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; if the policy
             has batch norm or dropout in training mode; or if an open context patches or records the policy.
-        RolloutError: If the output for a row depends on other rows; if the policy or a patch draws from a random
-            number generator; or if labels share a module, list or other container that changes their episodes.
+        RolloutError: If the policy's output for a row depends on other rows; if the policy or a patch draws from a
+            random number generator; or if patches with different labels share a module, list or other container that
+            changes the episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -127,7 +129,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
 
 def _check_independent(model: nn.Module) -> None:
-    """Raise an error if training mode would make rows depend on each other, or if a context is open on the model."""
+    """Raise an error if a module in training mode would make rows depend on each other, or if a context is open."""
     with as_in_predict(model):
         together = training_modules(model)
     if together:
@@ -147,7 +149,8 @@ def _check_independent(model: nn.Module) -> None:
 class _Interventions:
     """A policy that applies each label's patches only to that label's rows.
 
-    The labels' interventions are numbered from 1, in the order of the labels. Number 0 stands for the unpatched policy.
+    An intervention is the set of patches with one label. Interventions are numbered from 1, in the order of the labels.
+    Number 0 stands for the unpatched policy.
     """
 
     def __init__(
@@ -180,10 +183,10 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """During one forward pass, apply to each row the intervention whose number is given for that row.
+        """Return a context for one forward pass, in which each row gets the intervention with the number given for it.
 
-        With `is_reversed`, apply the interventions in reverse order. At the end, raise an error if a patch introduced
-        NaN.
+        `interventions` contains one number per row. With `is_reversed`, the interventions are applied in reverse order.
+        At the end of the context, an error is raised if a patch introduced NaN.
         """
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
@@ -197,7 +200,7 @@ class _Interventions:
         self._raise_nan()
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
-        """Apply each intervention's patches to that intervention's rows of the activation at a hook point."""
+        """Apply each intervention's patches at a hook point to the rows of the activation with that intervention."""
         axis: Any = point.tensor_batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
@@ -233,7 +236,7 @@ class _Interventions:
         return [*random_states(self._cuda), *map(generator_state, self._generators)]
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-        """Return the given rows of the observations and, if the policy is recurrent, of the recurrent state."""
+        """Return the given rows of each of the policy's inputs: observations and, if recurrent, the recurrent state."""
         axes = (None, self._state_axes, None)  # None: the batch is the first axis
         each = zip(inputs, axes, strict=False)
         return tuple(

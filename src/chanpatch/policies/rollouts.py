@@ -34,10 +34,10 @@ def rollout(
 ) -> Rollout:
     """Play one episode per seed.
 
-    The policy is called once per step on a batch of all running episodes. Patches receive the step, the episode
-    numbers and the sub-environments in `context`. If the policy treats each row independently, an episode does not
-    depend on the number of environments or on the other seeds. Episodes with the same seed share a level but use
-    different random numbers to sample actions.
+    The policy is called once per step on a batch with one row per running episode. Patches receive the step, the
+    episode numbers and the sub-environments in `context`. If the policy treats each row independently, an episode does
+    not depend on the number of environments or on the other seeds. Episodes with the same seed have the same level but
+    different random numbers for sampling actions.
 
     Stable-Baselines3 and sb3-contrib policies act as in their own `predict`: observations are converted by
     `obs_to_tensor`, actions in a Box are clipped, or rescaled if the policy squashes actions, and policies without a
@@ -45,48 +45,50 @@ def rollout(
     environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before each new
-    batch of episodes and at the end of the rollout. The attributes of your own objects, and nonlocal and global
-    variables, are also restored if the policy or its patches use them. Environments are not restored. To keep a log,
-    append to a list in a closure or a global variable. If several policies share such a list, paired_rollouts plays the
-    episodes twice to check that the list does not change the episodes.
+    batch of episodes and at the end of the rollout. If the policy or its patches use your own objects, the attributes
+    of these objects are also restored. Nonlocal and global variables are restored if a function of the policy or of a
+    patch assigns to these variables. Environments are not restored. To keep a log, append to a list in a closure or a
+    global variable. If several policies share such a list, paired_rollouts plays the episodes twice to check that the
+    list does not change the episodes.
 
-    A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
-    starts from its own initial state. sb3-contrib's RecurrentPPO starts from zeros, and does not need `initial_state`.
-    If a policy expects other arguments, wrap it in a function. A policy that stores its state internally works only
-    with a single environment, because the batch shrinks as episodes end.
+    A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. The initial
+    state comes from `initial_state`; for sb3-contrib's RecurrentPPO, the initial state is zero by default. If a policy
+    expects other arguments, wrap the policy in a function. A policy that stores its recurrent state internally works
+    only with a single environment, because the batch shrinks as episodes end.
 
     Args:
-        policy: Module, HookPoints, Stable-Baselines3 model or function that accepts observations. The output must be a
+        policy: Module, HookPoints, Stable-Baselines3 model, or function of observations. The policy's output must be a
             tensor or contain an action distribution (see `chanpatch.policies.action_distribution`). Observations are
             moved to the module's device and, if they are floating point, cast to the module's dtype.
-        envs: Environment or vector environment from gymnasium, in any autoreset mode; a VecEnv from Stable-Baselines3;
-            or a procgen environment, in which each seed is a level. A vector environment that accepts only one seed
-            for all rows, as `make_vec` creates by default for CartPole, is replaced by one copy per row. See also
-            `from_gym3` and `from_pettingzoo`.
+        envs: Environment from gymnasium; vector environment from gymnasium, in any autoreset mode; VecEnv from
+            Stable-Baselines3; or procgen environment, in which each seed is a level. Some vector environments, such as
+            the default from `make_vec` for CartPole, accept only one seed for all rows. Such an environment is replaced
+            by one copy per row. See also `from_gym3` and `from_pettingzoo`.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
         greedy: Whether to use the mode of each distribution instead of sampling.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
-            `"values"`, to select the action with the highest value; or `"actions"`, which are used unchanged. If a
-            policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
+            `"values"`, to select the action with the highest value; or `"actions"`, to use the tensor unchanged. If a
+            policy samples actions, pass a function that returns the policy's distribution instead, so that paired
+            rollouts use the same draws.
         masks: Function that receives the environments and the infos from the last step, and returns which actions are
             allowed: a bool array with shape `(environment, action)`. The function is called before each step. Examples:
             `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
-        initial_state: For a recurrent policy, a function that returns the initial state for a given number of rows: a
-            tensor, or tensors in tuples and dicts, such as
-            `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have
-            exactly one batch axis, whose length is the number of rows.
-        keep: Data to keep in `Rollout.kept`: `"observations"`, `"final_state"` of a recurrent policy, and names of
-            infos.
+        initial_state: For a recurrent policy, a function that receives the number of rows and returns the initial
+            state: a tensor, or tensors in tuples and dicts. Example for an LSTM:
+            `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))`. Each tensor must have exactly one batch
+            axis, whose length is the number of rows.
+        keep: Names of data to keep in `Rollout.kept`: `"observations"`, `"final_state"` (only for a recurrent policy),
+            and names of infos.
         progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
         DistributionError: If the policy returns a tensor but `outputs` is None, if the inverse CDF of the policy's
             distribution is not available, or if the output contains neither a tensor nor a distribution.
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
-        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid; or if a
-            module such as dropout is in training mode in a twin but not in the original, or vice versa.
+        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid. Also if a
+            module such as dropout is in training mode in a twin but not in the original policy, or vice versa.
 
     Example:
         >>> import gymnasium, torch
@@ -124,19 +126,20 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     """Roll out several policies, one after another, in the same episodes and with the same random numbers.
 
     Args:
-        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
-            first policy is compared with each of the others.
+        policies: Dict that maps names to policies, such as
+            `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The first policy is compared with each of
+            the others.
         outputs: Meaning of tensors that policies return, as in `rollout`: one string for all policies, or a dict that
             maps policies' names to strings.
         envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, keep, progress: Same as in `rollout`, for
             all policies.
 
     Raises:
-        ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as
-            dropout is in training mode in one policy but not in another; if two policies use the same callable
-            object as an edit or `where`; if an episode differs between two policies before their actions differ; if
-            policies share a list or another container that changes their episodes; or if a policy's first output
-            changes when it is repeated.
+        ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as dropout is in
+            training mode in one policy but not in another; if two policies use the same callable object as an edit or
+            `where`; if an episode differs between two policies before the actions in the episode differ; if policies
+            share a list or another container that changes the policies' episodes; or if a policy's first output changes
+            when the first forward pass is repeated.
 
     Example:
         >>> import gymnasium, torch

@@ -18,8 +18,8 @@ from ..errors import UnsupportedModelError
 class Settings:
     """Module attributes that must be equal in a twin and in its original policy.
 
-    The settings are attributes whose values are bool, int, float, str or None, or containers of at most 64 such values.
-    For any other attribute, we check only that its value is a function in both modules or in neither. We skip modules
+    A setting is an attribute whose value is a bool, int, float, str or None, or a container of at most 64 such values.
+    For any other attribute, we check only that the value is a function in both modules or in neither. We skip modules
     without parameters, attributes that torch sets, and attributes that change during the first call to any method or
     submodule.
     """
@@ -30,7 +30,7 @@ class Settings:
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
             if next(other.parameters(), None) is not None
         ]
-        self._changing: set[tuple[str, str]] = set()  # names of the modules and attributes that calls change
+        self._changing: set[tuple[str, str]] = set()  # (module name, attribute name) for attributes that calls change
         self._known_calls: dict[object, bool] = {}  # whether each kind of call runs modules
         self._before: dict[tuple[str, str], Any] | None = None  # the twin's settings, saved before a first call
         self._plan()
@@ -39,7 +39,7 @@ class Settings:
         """Before a call, raise an error if a setting differs between the twin and the policy.
 
         `kind` identifies the called method or submodule. Before the first call to that method or submodule, only save
-        the twin's settings; `end` then does the check.
+        the twin's settings; in this case, `end` does the check after the call.
         """
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind) and not self._is_equal():
@@ -48,7 +48,8 @@ class Settings:
     def end(self, kind: object, *, runs_modules: bool) -> None:
         """After the first call to a method or submodule, record which settings the call changed, and check the others.
 
-        If the call cannot run modules (`runs_modules` is False), do nothing.
+        Other settings must be equal in the twin and the policy. If the call cannot run modules (`runs_modules` is
+        False), check nothing.
         """
         if self._before is None and runs_modules and not self._known_calls[kind]:
             del self._known_calls[kind]  # treat the next call as the first of its kind
@@ -61,14 +62,14 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs between the twin and the policy. Before the first call, do nothing."""
+        """Raise an error if a setting differs between the twin and the policy. Do nothing before the first call."""
         if any(self._known_calls.values()) and not self._is_equal():
             self._compare()
 
     def _is_equal(self) -> bool:
         """Return whether the settings listed by `_plan` are equal in the twin and the policy.
 
-        Also return False if the twin or the policy has more or fewer attributes than before.
+        Return False if the number of attributes in the twin or in the policy has changed since `_plan` was called.
         """
         try:
             for own, other, count, others, values in self._planned:
@@ -95,7 +96,7 @@ class Settings:
         self._plan()
 
     def _plan(self) -> None:
-        """Prepare the fast comparison in `_is_equal`."""
+        """List the settings that `_is_equal` compares, in a form that makes the comparison fast."""
         planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
@@ -115,12 +116,12 @@ class Settings:
 
 _TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
 _TORCHS_OWN.remove("forward")  # an instance may override `forward`
-_OTHER = type  # stands for a value that is not a setting; deepcopy returns the same object
+_OTHER = type  # stands for a value that is not a setting; deepcopy(type) returns the same object
 _MOST = 64
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return `value` unchanged if it is a setting, `FunctionType` if it is a function, and `_OTHER` otherwise."""
+    """Return `value` if `value` is a setting, `FunctionType` if `value` is a function, and `_OTHER` otherwise."""
     if not depth and isinstance(value, (FunctionType, MethodType)):
         return FunctionType
     if value is None or isinstance(value, (bool, int, float, str)):

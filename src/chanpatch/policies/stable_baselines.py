@@ -1,4 +1,4 @@
-"""Run policies from Stable-Baselines3 and sb3-contrib in the same way as their method `predict`."""
+"""Run policies from Stable-Baselines3 and sb3-contrib in the same way as the policies' method `predict`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..metrics.outputs import is_squashed
 
 
 def is_sb3_policy(policy: object) -> bool:
-    """Return whether a policy is from Stable-Baselines3. The library does not have to be installed."""
+    """Return whether a policy is from Stable-Baselines3. If Stable-Baselines3 is not installed, return False."""
     return _is_a(policy, "policies", "BasePolicy")
 
 
@@ -27,15 +27,15 @@ def policy_of(given: Any) -> Any:
 
 
 def owner_of(policy: Any) -> Any:
-    """If the policy is a bound method, return the object that the method belongs to; otherwise, return the policy."""
+    """If `policy` is a bound method, return the object that the method belongs to; otherwise, return `policy`."""
     return getattr(policy, "__self__", policy)
 
 
 def observed_shape(policy: Any, space: Any) -> Any:
-    """Return the shape of a policy's observations.
+    """Return the shape that observations from an environment must have, for a policy with observation space `policy`.
 
-    If the policy moves image channels to the first axis, and the environment's observations have them last, return
-    `space.shape`.
+    `space` is the environment's observation space. If the environment has the channels of images last, and the policy
+    moves the channels to the first axis, return `space.shape`. Otherwise, return `policy.shape`.
     """
     shape = policy.shape
     is_moved = shape is not None and len(shape) == 3 and space.shape == (*shape[1:], shape[0])
@@ -44,7 +44,7 @@ def observed_shape(policy: Any, space: Any) -> Any:
 
 
 def to_tensors(policy: Any, observations: Any) -> Any:
-    """Convert observations to tensors as `predict` does, with the channels of images before their rows and columns."""
+    """Convert observations to tensors as `predict` does. Images have shape `(batch, channel, row, col)`."""
     convert = inspect.unwrap(type(policy).obs_to_tensor)  # in a twin, obs_to_tensor counts as a forward pass
     return convert(policy, observations)[0]
 
@@ -59,9 +59,10 @@ def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
 
 
 def with_state(policy: Any, observations: Any, state: Any, starts: Tensor) -> Any:
-    """Call a recurrent policy on observations and state.
+    """Call a recurrent policy on observations and a recurrent state, and return the policy's output.
 
-    `starts` must contain zeros, because the state of a new episode is already the initial state.
+    `starts` is passed only to policies from sb3-contrib, which reset the state in rows with a 1. `starts` must contain
+    zeros, because the state of a new episode is already the initial state.
     """
     if not is_sb3_policy(owner_of(policy)):
         return policy(observations, state)
@@ -71,7 +72,7 @@ def with_state(policy: Any, observations: Any, state: Any, starts: Tensor) -> An
 
 @contextmanager
 def as_in_predict(model: nn.Module) -> Iterator[None]:
-    """Switch the Stable-Baselines3 policies in a model to eval mode, as `predict` does. Restore their modes on exit."""
+    """Switch the Stable-Baselines3 policies in a model to eval mode, as `predict` does. On exit, restore all modes."""
     policies = [each for each in model.modules() if is_sb3_policy(each)]
     flags = [(module, module.training) for policy in policies for module in policy.modules()]
     try:
@@ -84,9 +85,10 @@ def as_in_predict(model: nn.Module) -> Iterator[None]:
 
 
 def box_mapping(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
-    """Return the function that clips or rescales actions to fit a Box, as Stable-Baselines3 does for this output.
+    """Return a function that receives actions and a Box, and returns actions in the Box.
 
-    Return None if the output is not a Stable-Baselines3 distribution.
+    The function clips or rescales the actions, as Stable-Baselines3 does for the given policy output. Return None if
+    the output is not a Stable-Baselines3 distribution.
     """
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]

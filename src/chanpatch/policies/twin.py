@@ -34,20 +34,21 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     The twin is a copy of the policy's module tree. The copy shares the original's parameters and buffers, but has its
     own flags, such as `training`. The patches apply in all methods and submodules of the twin, and never in the
-    original. `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. If an edit or a `where` is
-    a module, `twin.parameters()` includes the module's parameters. Every external call to a method of the twin or to a
-    submodule raises an error if a patch inside the called module does not run.
+    original. `isinstance(twin, type(policy))` is True, and the twin's `state_dict` has the same keys as the policy's.
+    If an edit or a `where` is a module, `twin.parameters()` includes that module's parameters. If your code calls a
+    method or a submodule of the twin, and a patch inside the called module does not run, the call raises an error.
 
     Args:
-        policy: Any module, or its HookPoints. With HookPoints, every site is checked against the trace.
-        patches: One or more patches, applied in the given order. A twin of a twin applies the patches of both.
+        policy: Any module, or the module's HookPoints. With HookPoints, every site is checked against the trace. If the
+            policy is itself a twin, the new twin applies that twin's patches before the new patches.
+        patches: One or more patches, applied in the given order.
         allow_unreached: Names of hook points whose patches do not have to run in every call.
         check_nan: Whether to raise an error if a patch introduces NaN.
 
     Raises:
         HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
-            `eval()`. The error is also raised during a call if the policy and the twin no longer have the same
+            `eval()`. A call to the twin also raises this error if the policy and the twin no longer have the same
             parameters, buffers, submodules and settings (attributes that are flags, numbers or strings).
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
@@ -95,20 +96,23 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     @property
     def ledger(self) -> Ledger:
-        """For each patch and method, the number of firings so far, and the numbers of rows and elements written."""
+        """Ledger that counts firings, written rows and written elements so far, for each patch and called method."""
         ledger: Ledger = _state(self).result
         return ledger
 
     def disable(self) -> Disabled:
-        """Return a context manager in which the twin runs without its patches."""
+        """Return a context manager. While the context is open, the twin runs without its patches."""
         return Disabled(_state(self))
 
     def distribution(self, observations: Any, *, outputs: Outputs | None = None) -> Distribution:
-        """Return the twin's distribution over actions, as `action_distribution` does."""
+        """Return the twin's distribution over actions for a batch of observations; see `action_distribution`."""
         return action_distribution(self, observations, outputs=outputs)  # type: ignore[arg-type]
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, **options: Any) -> Iterator[tuple[str, Any]]:
-        """Yield the policy's parameters, then those of modules that are edits or `where`, named `patches.0.*`."""
+        """Yield pairs (name, parameter): first for the policy, then for modules used as edits or `where` in patches.
+
+        For parameters of such modules, the name begins with `patches.`, as in `patches.0.weight`.
+        """
         state = _state(self)
         yield from type(state.original).named_parameters(self, prefix, recurse, **options)  # type: ignore[arg-type]
         if recurse:
@@ -127,7 +131,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
 
 class Disabled(Held):
-    """Context in which a twin runs without its patches. If several contexts are open, they may close in any order."""
+    """Context in which a twin runs without its patches. Several open contexts of a twin may close in any order."""
 
     def __init__(self, state: _TwinState) -> None:
         self._state = state
@@ -149,7 +153,7 @@ _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of a policy that shares the policy's weights. If the policy is a twin, the copy has no patches."""
+    """Copy a policy. The copy shares the policy's weights. If the policy is a twin, the copy has no patches."""
     if STATE not in vars(policy):
         return copied(policy, policy)
     kind = type(_state(policy).original)
@@ -159,7 +163,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """The session that applies a twin's patches. It stays attached to the twin, and refers to the original policy."""
+    """The session that applies a twin's patches. The session stays attached to the twin and refers to the original."""
 
     confined = False
 
@@ -195,7 +199,7 @@ class _TwinState(Patching):
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a method of the twin as a root call, unless another root call is running.
 
-        If the method runs modules, remember the method's name, so that unreached patches can be detected later.
+        If the method runs modules, remember the method's name, so that `on_end` checks whether all patches have run.
         """
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
@@ -203,7 +207,7 @@ class _TwinState(Patching):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:
-        """If the error was caused by NaN that a patch introduced, raise NaNError instead."""
+        """If a patch introduced NaN before the given error occurred, raise NaNError from that error."""
         raise_nan(self.firings, error)
 
     def on_begin(self, call: RootCall) -> None:
@@ -241,7 +245,7 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Raise an error if a patch introduced NaN, or if a patch did not run although the call should reach it."""
+        """Raise an error if a patch introduced NaN, or if a patch that the call should reach did not run."""
         if self.check_nan:
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods
@@ -262,7 +266,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Map each module that is patched or contains patched modules to the indices of the patches inside it."""
+    """Map each module of the twin that is patched, or contains a patched module, to the indices of these patches."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}

@@ -34,7 +34,8 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
     """Return the axis names for one input or output tensor of a module, with None for each unnamed axis.
 
-    `inputs` contains the axis names of the module's first input, if known.
+    `side` ("in" or "out") and `path` identify the tensor, which has `ndim` axes. `inputs` contains the axis names of
+    the module's first input tensor, or is None if the module has no input tensor.
     """
     torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
@@ -112,15 +113,15 @@ class NamePropagation(TorchFunctionMode):
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Fill in the unknown axis names of a tensor, and keep the known names."""
+        """Set those axis names of a tensor that are still unknown, and keep the known names."""
         self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Set the axis names of a tensor, and override any known names."""
+        """Set all axis names of a tensor, and override any known names."""
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and copy axis names to the result from operands with the same shape."""
+        """Run `func`. If `func` is elementwise, copy axis names to the result from operands with the result's shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):

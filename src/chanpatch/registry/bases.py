@@ -14,15 +14,16 @@ from ..errors import SiteError
 class Directions:
     """Basis that consists of given directions.
 
-    The coordinates of an activation are the weights with which the directions approximate the activation best (least
-    squares). If the directions are orthonormal, the coordinates are dot products.
+    The coordinates of an activation are the weights for which the weighted sum of the directions is closest to the
+    activation (least squares). If the directions are orthonormal, the coordinates are dot products of the activation
+    with the directions.
 
     Args:
         matrix: Directions with shape `(component, axis)`; a single direction may have shape `(axis,)`.
 
     Raises:
-        SiteError: If the matrix is not floating-point, requires a gradient, or contains directions that are not finite
-            or not linearly independent.
+        SiteError: If the matrix is not floating-point or requires a gradient, or if the directions are not finite or
+            not linearly independent.
 
     Example:
         >>> Directions(torch.tensor([[3.0, 4.0]])).encode(torch.tensor([[6.0, 8.0]]))
@@ -53,7 +54,7 @@ class Directions:
         return coordinates
 
     def decode(self, coordinates: Tensor) -> Tensor:
-        """Return the sum of the directions, weighted by coordinates with shape `(..., component)`."""
+        """Convert coordinates with shape `(..., component)` to the weighted sum of directions, `(..., axis)`."""
         activation: Tensor = coordinates @ self.matrix
         return activation
 
@@ -72,17 +73,17 @@ class PCA(Directions):
 
     @classmethod
     def fit(cls, activations: Mapping[Any, Tensor] | Tensor, count: int, *, axis: str | None = None) -> PCA:
-        """Compute the first `count` principal components along one axis, with the entries of all other axes as samples.
+        """Compute the first `count` principal components along one axis. The entries of all other axes are the samples.
 
         Args:
             activations: Cache with one recorded site, or a tensor.
             count: Number of components.
-            axis: Name of an axis of the cache. By default, this is the channel or feature axis; for a tensor, the last
-                axis is always used.
+            axis: For a cache, the name of the axis; by default, the channel or feature axis. For a tensor, the argument
+                is ignored, and the last axis is used.
 
         Raises:
-            SiteError: If the cache does not have exactly one site, if the axis does not exist, or if there are not more
-                samples than components.
+            SiteError: If the cache does not have exactly one site, if the axis does not exist, if `count` is greater
+                than the length of the axis, or if there are not more samples than components.
 
         References:
             Jolliffe 2002, "Principal component analysis", section 3.5.

@@ -36,7 +36,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of positions along an axis, such as "q"; the hook point's view maps labels to indices."""
+    """Labels of positions along an axis, such as "q". The view of the hook point maps these labels to indices."""
 
     values: tuple[str, ...]
 
@@ -45,7 +45,7 @@ Selection: TypeAlias = "tuple[int, ...] | Span | Flags | Labels"
 
 
 def selection_of(name: str, axis: str, index: Any) -> Selection:
-    """Convert an index to a hashable selection; raise SiteError for an index of another type."""
+    """Convert an index along an axis of the site `name` to a hashable selection. Raise SiteError for a bad index."""
     if isinstance(index, (Span, Flags, Labels)):
         return index
     if isinstance(index, slice):
@@ -78,7 +78,10 @@ def _is_whole(index: Any) -> bool:
 
 
 def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
-    """Return the selected positions along an axis with the given length; raise ValueError if they are not valid."""
+    """Return the selected positions along an axis with the given length, as nonnegative ints.
+
+    Raise ValueError if the selection is not valid for this axis.
+    """
     if isinstance(selection, Labels):
         raise ValueError(f"{axis}={shown(selection)} is a label, but {axis} has no labels. Pass an index")
     if isinstance(selection, Flags):
@@ -102,7 +105,7 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
 
 
 def shown(selection: Selection) -> str:
-    """Format a selection as in the repr of a site."""
+    """Format a selection as text for the repr of a site, such as `2:5` or `[55, 121]`."""
     if isinstance(selection, Labels):
         return repr(selection.values[0] if len(selection.values) == 1 else list(selection.values))
     if isinstance(selection, Flags):

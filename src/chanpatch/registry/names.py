@@ -1,4 +1,4 @@
-"""Grammar for hook-point names: a module's name, `#call`, `.in` or `.out`, and a path; or just the name of a tap.
+"""Grammar for hook-point names: a module's name, `#call`, `.in` or `.out`, and a path. A tap has only its own name.
 
 Only this file formats, parses and matches names.
 """
@@ -20,7 +20,7 @@ _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 
 def written_name(module: str, side: str, path: Path, call: int | None) -> str:
-    """Return the name of a hook point; `call` is None if the module or tap is called only once."""
+    """Return the name of a hook point. `call` must be None if the module or tap is called only once."""
     base = module if call is None else f"{module}#{call}"
     if side == "tap" or (side == "out" and module and not path):
         return base
@@ -52,7 +52,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return the error message for an unknown name, for the name of a weight, or for a name from TransformerLens."""
+    """Return the error message for a name that is not in `known`, such as the name of a weight or a misspelled name."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
         return f"'{name}' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward()."
@@ -86,9 +86,10 @@ def is_pattern(name: str) -> bool:
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
-    """Return a hook point's name and aliases, each with a line break after the module's name, for pattern matching.
+    """Return a hook point's name and aliases in the form in which patterns are matched.
 
-    If `module` is None, the module's name is inferred from the hook point's name.
+    In this form, a dot and a line break follow the module's name. If `module` is None, the module's name is inferred
+    from the hook point's name.
     """
     if module is None:
         module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
@@ -100,10 +101,11 @@ def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ())
 def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the names of the hook points that match a pattern, in the order of `names`.
 
-    Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
-    part. `*` matches any text within a part, `**` any number of parts, and `?` one character. Without `#k`, a pattern
-    matches all calls; without `.in` or `.out`, all outputs. A pattern that ends with the start of a path matches all
-    tensors under that path. `names` maps each hook point's name to its `spellings`.
+    `names` maps each hook point's name to the result of `spellings`. A name consists of parts, separated by dots that
+    are not inside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding part. `*` matches any text within
+    a part, `**` matches any number of parts, and `?` matches one character. A pattern without `#k` matches all calls. A
+    pattern without `.in` or `.out` matches all outputs. A pattern that ends in the middle of a path matches all tensors
+    whose paths start with that part.
 
     Raises:
         HookPointError: If `?` would miss indices with several digits, as `h.?` would miss h.10.
@@ -126,7 +128,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """For an error message, suggest a similar pattern that has matches; return an empty string if none has matches."""
+    """Return a hint for an error message: a similar pattern that does match hook points. Return "" if none matches."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
         re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
@@ -141,8 +143,8 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     """Compile a pattern to a regular expression that matches spellings.
 
-    `end` is the index at which the module part of the pattern ends. `numbers` is an additional regular expression for
-    each run of `?` in the pattern. Any `%d` in `numbers` stands for the length of the run.
+    `end` is the length of the part of the pattern that is matched with module names. `numbers` is text that is added to
+    the regular expression for each run of `?` in the pattern. Any `%d` in `numbers` stands for the length of the run.
     """
 
     def regex(text: str, any_text: str) -> str:

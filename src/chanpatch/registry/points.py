@@ -28,9 +28,10 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     Attributes:
         model: The traced model.
         method: Name of the traced method; `"__call__"` is a call to the model itself.
-        calls: Number of calls to each module and tap, by name.
+        calls: Number of calls to each module and tap in the traced forward pass, by name of the module or tap.
         not_called: Names of the modules that the traced forward pass did not call.
-        steady: Whether the traced forward pass left all parameters unchanged; if not, no forward pass is stopped early.
+        steady: Whether the traced forward pass left all parameters unchanged. If False, no forward pass of the model is
+            stopped early.
     """
 
     _most = None
@@ -73,7 +74,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
                 `"h.*.in[0]"` matches first inputs, `"h.*.out[1]"` second outputs, and `"**.in"` all inputs.
 
         Raises:
-            HookPointError: If no name matches, or `?` would miss indices with several digits, such as h.10.
+            HookPointError: If no name matches, or if `?` would miss indices with several digits, as `h.?` misses h.10.
         """
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
@@ -98,12 +99,12 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Check a site against the trace and bind it to the traced hook point. The errors are the same as in `site`."""
+        """Check a site against the trace, and return the site bound to the traced hook point. Errors: as in `site`."""
         point = self[site.name]
         return site if site.point is point or site.point == point else normalized(site, point)
 
     def tree(self) -> Tree:
-        """Return the model's modules, after checking that the model would run hooks on all modules."""
+        """Return the Tree of the model's modules. Raise UnsupportedModelError if a module would ignore hooks."""
         tree = self._tree
         if tree is None or tree.modules[""] is not self.model or tree.has_changed():
             self._tree = tree = Tree(self.model)
@@ -113,12 +114,12 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return tree
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run the traced method on copies of the arguments, and return the output."""
+        """Run the traced method on copies of the inputs and keyword arguments, and return the method's output."""
         args, kwargs = copied_inputs(inputs, keywords)
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return the canonical spelling of a hook point's name, such as `fc` for `fc.out`."""
+        """Return the canonical form of a hook point's name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -150,7 +151,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return f"({len(self)} hook points; print the HookPoints to list them.)"
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per hook point."""
+        """Return one dict per hook point, in execution order."""
         return [
             {
                 "hook point": " = ".join((point.name, *point.aliases)),
@@ -195,20 +196,21 @@ def hook_points(
             more row along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input
             with unnamed axes gets one more row along the first axis if that axis is as long as the batch.
         method: Name of the method to trace, if not `__call__`. The method's inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes whose names cannot be inferred:
-            `{"encoder.*": "batch position feature"}`. Elementwise modules and functions propagate axis names. A
-            `chanpatch.view` also splits axes, such as a feature axis into heads.
-        free: Axes whose lengths may differ in later forward passes. For example, `{"position": 1}` frees axis 1 of the
-            first input, and names this axis. In a third run, the axis has one more entry, a copy of the last entry, in
-            every input in which it has the same length. All axes that grow in this run are also free. If several inputs
-            have the free axis, trace with inputs of equal length.
+        axes: Dict that maps patterns (see `HookPoints.select`) to the axis names of the matching hook points, for axes
+            whose names cannot be inferred: `{"encoder.*": "batch position feature"}`. Elementwise modules and functions
+            propagate axis names. A `chanpatch.view` also splits axes, such as a feature axis into heads.
+        free: Dict that maps the names of axes, whose lengths may differ in later forward passes, to the indices of
+            these axes in the first input. For example, `{"position": 1}` gives axis 1 of the first input the name
+            "position" and a free length. In a third run, axis 1 has one more entry, a copy of the last entry, in every
+            input in which axis 1 is as long as in the first input. All axes that grow in this run are also free. If
+            several inputs have the free axis, trace with inputs of equal length.
         example_keywords: Keyword arguments for the model.
 
     Raises:
         UnsupportedModelError: If the model is compiled or scripted, has lazy parameters, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If the model has no such method, no hook point matches a pattern in `axes`, or two hook points
-            have the same name.
+        HookPointError: If the model does not have the method, if no hook point matches a pattern in `axes`, or if two
+            hook points have the same name.
         SiteError: If `axes` does not fit a hook point, or `free` does not fit the inputs.
 
     Example:
@@ -227,7 +229,7 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return hook points unchanged, or trace a model with the inputs.
+    """Return the hook points of a model: trace the model with the inputs, or return HookPoints unchanged.
 
     If `inputs` is an iterable of batches, the model is traced with the first batch.
     """
@@ -248,7 +250,7 @@ def traced(
 def names_by_trace(
     model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, tuple[Axes, int | None]]:
-    """Trace a model to find the axis names and batch axis of each hook point; return an empty dict on failure.
+    """Trace a model, and map each hook point's name to its axis names and batch axis. If the trace fails, return {}.
 
     The trace may run in the middle of another forward pass, so all listeners are disabled during the trace.
     """
@@ -265,10 +267,10 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the place of a site in a model, given the model's modules by name.
+    """Return the place of a site in a model. `modules` maps the names of the model's modules to the modules.
 
-    The place is the traced hook point to which the site is bound. If the site is not bound to a hook point in this
-    model, the site's name is parsed; HookPointError is raised if the name is not valid.
+    If the site is bound to a traced hook point of this model, return the hook point. Otherwise, parse the site's name;
+    raise HookPointError if the name is not valid.
     """
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
@@ -297,7 +299,7 @@ def sites_of(
 
 
 def site_of(points: HookPoints, site: str | Site | HookPoint | Iterable[Site]) -> Site:
-    """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
+    """Convert a name, pattern, hook point or site to a checked site. Raise SiteError if the result is several sites."""
     found = sites_of(points, site)
     if len(found) > 1:
         raise SiteError(
@@ -307,9 +309,10 @@ def site_of(points: HookPoints, site: str | Site | HookPoint | Iterable[Site]) -
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against the traced hook points and return the bound sites.
+    """Check sites against the traced hook points, and return the sites bound to these hook points.
 
-    If a model is passed instead of hook points, only the sites' names are checked. All errors are reported together.
+    If a model is passed instead of HookPoints, check only the sites' names, and return the sites unchanged. All errors
+    are reported together.
     """
     found, faults = [], []
     traced = isinstance(points_or_model, HookPoints)
@@ -329,7 +332,7 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
 
 
 def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
-    """Return the model; raise TypeError unless the argument is HookPoints or a module."""
+    """Return the model, given the model or its HookPoints. Raise TypeError for any other argument."""
     model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {no_module(points_or_model)}")
@@ -337,13 +340,18 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def no_module(given: object) -> str:
-    """For an error message, name the type of an object that is not a module; suggest an attribute that is a module."""
+    """Return text for an error message about an object that is not a module: the name of the object's type and a hint.
+
+    The hint names an attribute of the object that is a module. If there is no such attribute, the hint is left out.
+    """
     held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
     return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[Tree, str, dict[str, int] | None]:
-    """Return the arguments for a Session: the modules, the method and, for HookPoints, the number of calls by name.
+    """Return the arguments for a Session: the Tree of modules, the method's name, and the numbers of calls.
+
+    For HookPoints, the numbers of calls are a dict; for a model, they are None.
 
     Raises:
         UnsupportedModelError: If a module would ignore hooks.

@@ -21,7 +21,7 @@ Axes: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Along:
-    """An axis, and the basis whose coordinates replace this axis. Bases are compared by identity."""
+    """An axis, and the basis whose coordinates replace this axis. Two bases are equal only if they are one object."""
 
     axis: str
     basis: Any = field(compare=False)
@@ -43,10 +43,10 @@ class Site:
     Args:
         name: Name of the hook point.
         indices: For each restricted axis, an int, a slice, a sequence of ints, or a boolean mask over the axis. If the
-            axis has labels (see `chanpatch.view`), also a label or a sequence of labels.
+            axis has labels (see `chanpatch.view`), a label or a sequence of labels is also accepted.
 
     Raises:
-        SiteError: If an index has another type or selects nothing.
+        SiteError: If an index has any other type or selects nothing.
 
     Example:
         >>> Site("embedder.relu3", channel=[55, 121], row=slice(2, 5))
@@ -57,7 +57,7 @@ class Site:
     indices: tuple[tuple[str, Selection], ...]
     basis: Along | None = None
     point: HookPoint | None = field(default=None, compare=False)
-    no_p: str = field(default="", compare=False)  # for matched controls: why ranks do not have a p-value
+    no_p: str = field(default="", compare=False)  # for matched controls: why ranks among them have no p-value
 
     def __init__(self, name: str, /, *unnamed: Any, **indices: Any) -> None:
         if not isinstance(name, str):
@@ -67,10 +67,10 @@ class Site:
         vars(self).update(name=name, indices=_selections(name, indices))  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
-        """Return one site per index along an axis, in order.
+        """Return one site per selected index along an axis, in order.
 
         Raises:
-            SiteError: If the axis does not exist or its length is unknown.
+            SiteError: If the axis does not exist, or if the selected indices depend on an unknown length of the axis.
         """
         chosen, point = dict(self.indices).get(axis), self.point
         if isinstance(chosen, Flags):
@@ -94,24 +94,24 @@ class Site:
         return self._with(point=point)
 
     def indexed(self, **indices: Any) -> Site:
-        """Return a site with the given indices, at the same hook point and in the same basis."""
+        """Return a site with the given indices instead of this site's indices, at the same hook point and basis."""
         return self._with(indices=_selections(self.name, indices))
 
     def along(self, axis: str, basis: Any, **indices: Index) -> Site:
         """Return a site in which one axis is replaced by an axis `component` of coordinates in a basis.
 
-        An edit at the new site changes coordinates. The rest of the activation, including the part outside the span of
-        the basis, stays the same up to rounding.
+        An edit at the new site changes the selected coordinates. The rest of the activation, including the part outside
+        the span of the basis, stays the same up to rounding.
 
         Args:
             axis: Axis that the coordinates replace, such as `"channel"`.
-            basis: Object with the methods `encode(activation)`, which maps `(..., axis)` to `(..., component)`, and
-                `decode(coordinates)`, which maps back: `Directions`, `PCA`, or a module such as a sparse autoencoder.
+            basis: `Directions`, `PCA`, or another object, such as a sparse autoencoder, with two methods:
+                `encode(activation)` maps shape `(..., axis)` to `(..., component)`, and `decode(coordinates)` back.
             indices: Indices along `component` and the other axes.
 
         Raises:
-            SiteError: If the site has no trace, if the axis does not exist, if the site already has a basis or an index
-                along the axis, or if the basis does not fit the axis.
+            SiteError: If the site is not bound to a trace, or already has a basis or an index along the axis. Also if
+                the axis does not exist, or if the basis does not fit the axis.
 
         Example:
             >>> from chanpatch import hook_points
@@ -128,17 +128,17 @@ class Site:
         return normalized(other, self.point)
 
     def with_basis(self, basis: Along) -> Site:
-        """Return the same site with a basis. The basis is checked when the site is bound to a trace."""
+        """Return this site with the given basis. The basis is checked later, when the site is bound to a trace."""
         return self._with(basis=basis)
 
     def _with(self, **changes: Any) -> Site:
-        """Return a copy in which some fields are replaced."""
+        """Return a copy of this site in which the given fields have new values."""
         other = object.__new__(Site)
         vars(other).update(vars(self), **changes)
         return other
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return the selected positions in a tensor, by axis number; raise SiteError for invalid axes or indices."""
+        """Map the number of each indexed axis to the selected positions. Raise SiteError for a bad axis or index."""
         found: dict[int, slice | list[int]] = {}
         faults = []
         for axis, selection in self.indices:
@@ -187,16 +187,16 @@ class HookPoint(Place):
         name: `module`, `module.out<path>` if the module returns more than one tensor, or `module.in<path>` for an
             input. `module#k` is call k of a module that is called more than once. `.out` is the model's output. A tap
             has the name passed to `tap`.
-        axes: Axis names, such as `(batch, channel, row, col)`.
-        shape: Lengths of all axes except the batch axis; None for a free axis, whose length varies.
+        axes: Names of the tensor's axes, such as `(batch, channel, row, col)`.
+        shape: Length of each axis except the batch axis; None for a free axis, whose length varies.
         batch_axis: Index of the batch axis, found by running the model with one more row; None if not found.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.
-        aliases: Other names for the same hook point, if the module is shared.
+        aliases: Other names for the same hook point, if the module has several names.
         read_only: Whether the tensor is inside a distribution, and so can be recorded but not patched.
-        lens: Object that splits the tensor's axes or computes coordinates in a basis; None to use the tensor itself.
-            With a lens, all other attributes describe the split tensor or the coordinates.
+        lens: Object that splits the tensor's axes or computes coordinates in a basis; None to use the tensor unchanged.
+            With a lens, the attributes above describe the split tensor or the coordinates.
     """
 
     axes: Axes
@@ -211,7 +211,7 @@ class HookPoint(Place):
     lens: View | Coordinates | None = field(default=None, repr=False)
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """Apply the lens to the model's tensor: split the tensor's axes, or compute coordinates in a basis."""
+        """Apply the lens to the model's tensor: split axes, compute coordinates, or return the tensor unchanged."""
         return tensor if self.lens is None else self.lens.split(tensor)
 
     @property
@@ -225,19 +225,19 @@ class HookPoint(Place):
         return self.lens.groups.index(batch) if batch in self.lens.groups else None
 
     def labels(self, axis: str) -> tuple[str, ...]:
-        """Return the labels of the positions along an axis, or an empty tuple."""
+        """Return the labels of the positions along an axis, or an empty tuple if the positions have no labels."""
         return dict(self.lens.labels).get(axis, ()) if self.lens is not None else ()
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Names of axes along which channels are unrelated: layers, heads, and other parts of a split channel axis."""
+        """Names of axes that separate unrelated channels: layer, head, and other axes split off a channel axis."""
         lens = self.lens.base.lens if isinstance(self.lens, Coordinates) else self.lens
         groups = [{*group} for group in lens.groups] if isinstance(lens, View) else []
         split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))
         return tuple(axis for axis in self.axes if axis in split - {"channel", "feature"})
 
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis, or None for the batch axis and free axes, whose lengths vary."""
+        """Return the length of an axis. Return None for the batch axis and for free axes, because the lengths vary."""
         position = self.axes.index(axis)
         if position == self.batch_axis:
             return None
@@ -245,7 +245,7 @@ class HookPoint(Place):
 
 
 def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, make all indices explicit, and bind the site to the hook point."""
+    """Check a site against the trace, and return the site with explicit indices, bound to the given hook point."""
     point = point.lens.base if isinstance(point.lens, Coordinates) else point
     if site.basis is not None:
         known = site.point.lens if site.point is not None else None
@@ -265,7 +265,7 @@ def normalized(site: Site, point: HookPoint) -> Site:
 
 
 def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...]) -> Selection:
-    """Convert labels to indices; return other selections unchanged. Raise SiteError for an unknown label."""
+    """Convert selected labels to indices; raise SiteError for an unknown label. Return other selections unchanged."""
     if not (isinstance(selection, Labels) and labels):
         return selection
     if unknown := [label for label in selection.values if label not in labels]:
@@ -286,16 +286,16 @@ class Coordinates:
 
     @property
     def labels(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Labels of the other axes, as pairs (axis, labels)."""
+        """Labels along the base hook point's axes, as pairs (axis, labels)."""
         return () if self.base.lens is None else self.base.lens.labels
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Return the coordinates of a tensor."""
+        """Return the coordinates of the model's tensor in the basis, as an axis `component` in place of the axis."""
         found: Tensor = self.basis.encode(self._last(tensor))
         return found.movedim(-1, self.axis)
 
     def merge(self, new: Tensor, tensor: Tensor) -> Tensor:
-        """Return the tensor with new coordinates. The part that the basis does not encode stays the same."""
+        """Return `tensor` with `new` as its coordinates. The part that the basis does not encode stays the same."""
         last = self._last(tensor)
         before, after = (self.basis.decode(each) for each in (self.basis.encode(last), new.movedim(self.axis, -1)))
         changed = (last + (after - before)).movedim(-1, self.axis)
@@ -307,7 +307,7 @@ class Coordinates:
 
 
 def coordinates(site: Site, point: HookPoint) -> HookPoint:
-    """Add the lens of a site's basis to a hook point; raise SiteError if the basis does not fit the axis."""
+    """Return the hook point with a lens for the site's basis. Raise SiteError if the basis does not fit the axis."""
     assert site.basis is not None
     axis, basis = site.basis.axis, site.basis.basis
     if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
@@ -345,7 +345,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def no_batch(site: Site) -> str:
-    """Explain why the batch axis is unknown, for an error message."""
+    """Return text for an error message: why the batch axis at a site is unknown, and what to do."""
     if site.point is None:
         return "Create the site with hook_points(model, *inputs).site(...), which identifies the batch axis."
     return (
@@ -355,7 +355,7 @@ def no_batch(site: Site) -> str:
 
 
 def unusual_layout(tensor: Tensor) -> str:
-    """Return the layout of a masked or sparse tensor, such as "sparse_coo"; an empty string for a dense tensor."""
+    """Return "masked" or a sparse layout, such as "sparse_coo". For a dense tensor, return an empty string."""
     if isinstance(tensor, torch.masked.MaskedTensor):
         return "masked"
     return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
@@ -381,7 +381,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 
 
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
-    """Return a copy of the tensor with the region replaced; gradients flow to the tensor and to the new region.
+    """Return a copy of a tensor in which `region` replaces the given positions. Gradients flow to tensor and region.
 
     The copy shares no memory with the arguments, so in-place writes to the copy do not affect the arguments.
     """

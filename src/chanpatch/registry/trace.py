@@ -39,10 +39,11 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """The tensors at all hook points in one run, with axis names. Names in `views` override inferred names.
+    """The tensors at all hook points in one run of a model, with axis names.
 
-    `totals` maps the id of each parameter to the parameter's sum before the run. During the run, these sums are
-    compared with the current sums, to detect changed parameters.
+    `views` maps places to axis names from the user, which override inferred names. `totals` maps the id of each
+    parameter to the parameter's sum before the run. During the run, these sums are compared with the current sums, to
+    detect changed parameters.
     """
 
     def __init__(self, model: nn.Module, views: Mapping[_Place, View] = {}, totals: Mapping[int, Any] = {}) -> None:
@@ -58,7 +59,7 @@ class Trace:
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Trace:
-        """Run the model once on copies of the inputs, without side effects."""
+        """Run a method of the model once on copies of the inputs, without side effects. Return this Trace."""
         with undisturbed(self.model):
             args, kwargs = copied_inputs(inputs, keywords)
             self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
@@ -70,16 +71,16 @@ class Trace:
         return self
 
     def shapes(self) -> _Shapes:
-        """Return the shape at each hook point, by name."""
+        """Return a dict that maps each hook point's name to the shape of the tensor at the hook point."""
         return {self.name(fired): tuple(fired.tensor.shape) for fired in self.fired}
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point. If `module` (another name of the module) is given, use that name."""
+        """Return the name of a hook point. If `module` is given, use it as the name of the hook point's module."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point whose module is shared."""
+        """Return the other names of a hook point. There are other names only if the hook point's module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
         return tuple(self.name(fired, other) for other in names)
 
@@ -130,7 +131,7 @@ def traced_run(
     axes: Mapping[str, Any],
     free: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Trace a model, and return the keyword arguments `points`, `calls`, `not_called` and `steady` for HookPoints."""
+    """Trace a model. Return a dict with the arguments `points`, `calls`, `not_called` and `steady` for HookPoints."""
     if not callable(getattr(model, method, None)):
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(model, (inputs, keywords))
@@ -158,7 +159,7 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None if the sum cannot be read."""
+    """Return the sum of a parameter's entries, as a string; return None if the sum cannot be read."""
     # If a forward pass changes the sum, later forward passes must not be stopped early.
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
@@ -184,7 +185,7 @@ def _refuse_shared_names(trace: Trace) -> None:
 
 
 def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[_Place, View]:
-    """Return the user's axis names for each place that matches a pattern in `axes`."""
+    """Return a dict that maps each place that matches a pattern in `axes` to the axis names given for this pattern."""
     given: dict[_Place, View] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -216,9 +217,10 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
-    """Run the model again with one more row, and map each hook point's name to the batch axis.
+    """Run the model again with one more row, and return two dicts with the names of hook points as keys.
 
-    Hook points whose batch axis cannot be identified are left out. Also return the shapes in this second run, by name.
+    The first dict contains the index of each hook point's batch axis. Hook points whose batch axis cannot be identified
+    are left out. The second dict contains the shapes in this second run. If the run fails, both dicts are empty.
     """
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
@@ -248,7 +250,7 @@ def _free_axes(
     """Find the axes whose lengths grow when the inputs have one more entry along a free axis of the inputs.
 
     Return a dict that maps each hook point's name to {index of the axis: name of the free axis}. `with_row` contains
-    the shapes in the run with one more row, in which a free axis must not grow.
+    the shapes from the run with one more row. An axis that grows in that run is not free.
     """
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for name, axis in free.items():
@@ -271,7 +273,10 @@ def _free_axes(
 
 
 def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: Any) -> Any:
-    """Return the inputs with one more entry along a free axis. The new entry is a copy of the last one."""
+    """Return the inputs with one more entry along the free axis `name`, whose index in the first input is `axis`.
+
+    The new entry is a copy of the last entry. An input with a different length along this axis stays the same.
+    """
     grown: Any = (inputs, dict(keywords))
     given = f"free={{'{name}': {axis}}}"
     tensors = [*with_rows(grown)]
@@ -309,7 +314,8 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
 def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, int]:
     """Map each hook point's name to the index of the axis whose length grew from `rows` to `rows + 1`.
 
-    A hook point is left out if another of its axes also changed, or if the axis has a name other than "batch".
+    `shapes` contains the shapes with the additional row. A hook point is left out if the length of another of its axes
+    also changed, or if the axis that grew has a name other than "batch".
     """
     found = {}
     for fired in trace.fired:
@@ -328,7 +334,10 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
 
 
 def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
-    """Create a hook point. `free` maps the index of each free axis to the name to use if the axis has no name."""
+    """Create a HookPoint for a tensor from a trace.
+
+    `free` maps the index of each free axis to a name. The name is used only if the axis has no other name.
+    """
     tensor, view = fired.tensor, trace.views.get(fired[:4])
     names = [*(trace.known.names(tensor) if view is None else view.axes)]
     lengths = tensor.shape if view is None else view.split_lengths(tensor.shape)

@@ -42,33 +42,34 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 ) -> Attribution:
     """Estimate from gradients how much each of many patches changes a metric.
 
-    Each estimate is the change that a patch makes in its region times the metric's gradient there, summed over the
-    region. The estimate is exact if the metric is linear in the activation. All patches together require three forward
-    passes, one backward pass, and memory for one region per patch.
+    The estimate for a patch is the product of two tensors, summed over the patched region: the change that the patch
+    makes in the region, and the metric's gradient with respect to the region's activation. The estimate is exact if the
+    metric is linear in this activation. All patches together require three forward passes, one backward pass, and
+    memory for one region per patch.
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
     (integrated gradients, midpoint rule). Patches at one hook point whose regions do not overlap move along the line
-    together, with one forward and one backward pass per step. With many steps, the estimates for these patches add up
-    to their joint effect.
+    together, with one forward and one backward pass per step. With many steps, the sum of the estimates for these
+    patches approaches the joint effect of the patches.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
-        patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
+        patches: A mapping from labels to patches, or a sequence of patches, each of which is labeled by its site.
         metric: A differentiable function of the output, as for `sweep`.
         steps: Number of points on the line at which the gradient is computed. With 1, only the gradient at the
             clean activation is used.
-        verify: Number of patches with the largest estimates that are verified by forward passes. The same number of
-            randomly drawn patches is also verified.
-        seed: Random seed for drawing patches.
+        verify: Number of patches to verify by forward passes. The patches with the largest absolute estimates are
+            verified, and also the same number of randomly drawn patches.
+        seed: Random seed for drawing the patches to verify.
 
     Raises:
         SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
-        HookPointError, SiteError: If a site does not exist, or if its activation does not have a floating-point dtype.
-        MetricError: If the metric has no gradient, or does not return `(batch,)`.
+        HookPointError, SiteError: If a site does not exist, or if the activation at a site is not floating-point.
+        MetricError: If the metric has no gradient, or does not return a tensor with shape `(batch,)`.
 
     Warns:
-        RuntimeWarning: If the model modifies a patched activation in place and also reads it elsewhere, or if the
-            verified effects contradict the estimates.
+        RuntimeWarning: If the model modifies a patched activation in place and also reads this activation elsewhere, or
+            if the verified effects contradict the estimates.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -107,19 +108,19 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
 ) -> Attribution:
     """Estimate from gradients the effect along the edge from each sender to each receiver (edge attribution patching).
 
-    Each estimate is the change that arrives at the receiver along the direct path, as in `path_patch`, times the
-    metric's gradient at the receiver. The model runs about once per sender instead of once per edge. Some estimates
-    are verified with exact path patches. In the result, labels are pairs `(sender, receiver)`, and `.grid()` returns
-    the estimates as a matrix.
+    The estimate for an edge is the change that arrives at the receiver along the direct path from the sender, as in
+    `path_patch`, times the metric's gradient at the receiver, summed over the receiver's region. The model runs about
+    once per sender instead of once per edge. Some estimates are verified with exact path patches. In the result, labels
+    are pairs `(sender, receiver)`, and `.grid()` returns the estimates as a matrix.
 
-    If `steps` is above 1, the gradient is averaged along the line from the receiver's clean activation to its corrupted
-    activation (integrated gradients). This takes `steps` forward and backward passes per receiver. If the changes from
-    all senders add up to the difference between these two activations, the estimates add up approximately to the effect
-    of patching in the corrupted activation.
+    If `steps` is above 1, the gradient is averaged along the line from the receiver's clean activation to the
+    receiver's corrupted activation (integrated gradients). This takes `steps` forward passes and `steps` backward
+    passes per receiver. If the changes from all senders add up to the difference between the two activations, the
+    estimates add up approximately to the effect of patching in the corrupted activation.
 
     Args:
         points_or_model, clean, corrupted, senders, receivers, frozen: Same as in `path_patch` with many senders, except
-            that each label has one receiver.
+            that each label in `receivers` must map to a single hook point.
         metric, steps, verify, seed, progress: Same as in `attribution`.
 
     References:
@@ -138,7 +139,8 @@ def _attributed(
 ) -> Attribution:
     """Estimate the effects of patches from gradients.
 
-    If `ends` is a cache, average the gradients along the lines from the clean activations to the activations in `ends`.
+    `inputs` is a pair (args, kwargs), and `bar` is the argument `progress`. If `ends` is a cache, average the gradients
+    along the lines from the clean activations to the activations in `ends`, instead of to the patched activations.
     """
     whole("steps", steps, 1, SweepError)
     whole("verify", verify, 0, SweepError)
@@ -198,7 +200,10 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Group patches with the same hook point and disjoint regions. Yield each group as (hook point, patch indices)."""
+    """Group patches that are at one hook point and whose regions do not overlap.
+
+    Yield (name of the hook point, indices of the patches) for each group.
+    """
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -221,7 +226,7 @@ _FEWEST_RANKED = 10  # if fewer random patches are ranked, the rank correlation 
 
 
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
-    """Return the text of a warning if the verified effects show that the estimates are wrong, or an empty string."""
+    """Return the text of a warning if the estimates are known to be wrong; otherwise, return an empty string."""
     names = sorted({patch.site.name for patch in found.patches})
     if run.shares_memory:
         return (
@@ -253,7 +258,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
 
 
 class _Runs(Forward):
-    """Run the forward passes of an attribution, and compute the metric and its gradients."""
+    """Run the forward passes of an attribution, and compute the metric and the metric's gradients."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, Any], metric: Metric) -> None:
         super().__init__(points, *inputs)
@@ -267,7 +272,11 @@ class _Runs(Forward):
         self.shares_memory = False  # whether a patched activation is modified in place and also read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the clean activation at each hook point, and the metric's gradient at each hook point."""
+        """Run the model once, and return two dicts with the names of hook points as keys.
+
+        The first dict contains the clean activations. The second dict contains the metric's gradients with respect to
+        these activations.
+        """
         watched = [edit(self.points.site(name), _differentiable) for name in names]
         with (
             self.running(),
@@ -289,7 +298,10 @@ class _Runs(Forward):
             return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return each patch's region, and the change that the patch makes there in the clean run."""
+        """Return one pair (positions, change) per patch: the patched region, and the change in the clean activation.
+
+        `clean` maps names of hook points to clean activations.
+        """
         changes: list[_Change] = []
         with self.undisturbed as run:
             for patch in patches:
@@ -307,7 +319,10 @@ class _Runs(Forward):
     def mean_gradient(
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
-        """Return the metric's gradient, averaged along the line from the clean activation to the patched activation."""
+        """Return the metric's gradient at the hook point `name`, averaged over `steps` points on a line.
+
+        The line goes from the activation `clean` to the same activation with all `changes` made.
+        """
         moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
@@ -332,9 +347,9 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the sum of the values with respect to each activation.
+    """Return the gradients of the sum of `values` with respect to the activations, by the keys of `activations`.
 
-    The gradient is zero for an activation on which the values do not depend.
+    If the values do not depend on an activation, the gradient is zero.
     """
     if not values.requires_grad:
         raise MetricError(

@@ -51,30 +51,34 @@ def path_patch(
     affect the output along every path.
 
     Args:
-        points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
-        clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
-        corrupted: Corrupted inputs in the same form, one for each clean input.
-        sender: Hook point at which the path begins. For many senders, an iterable, or a dict that maps labels to sites.
+        points_or_model: HookPoints, or a model, which is then traced with the clean inputs.
+        clean: Clean inputs: a tensor with shape `(batch, ...)`, a tuple of positional arguments, or a dict of keyword
+            arguments.
+        corrupted: Corrupted inputs in the same form as `clean`, one for each clean input.
+        sender: Hook point at which the path begins. For many senders, pass an iterable of hook points, or a dict that
+            maps labels to hook points.
         receivers: Hook points at which the path ends, such as module inputs. With one sender, all receivers are patched
-            together, and the path may pass through several of them. With many senders, each receiver has its own
-            column. To patch several receivers together, pass a dict that maps labels to lists of sites.
+            together, and the path may pass through several receivers. With many senders, each receiver has its own
+            column in the result. To patch several receivers together, pass a dict that maps labels to lists of
+            hook points.
         metric: A function of the model's output, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
             outputs of modules that have weights and contain no other module with weights (such as Linear, Conv2d,
             Embedding, LSTM and MultiheadAttention), except norms. With `()`, nothing is frozen, so every path from the
-            sender to the receivers counts. The sender, modules that contain the sender, and receiver modules are never
-            frozen.
+            sender to the receivers counts. The sender, modules that contain the sender, and modules whose inputs or
+            outputs are receivers are never frozen.
 
     Returns:
-        The metric in the run with the path patched minus the metric in the clean run. With one sender, a tensor with
-        shape `(batch,)`. With many senders, a `Grid` with one row per sender and one column per receiver. A cell is NaN
-        if the receiver does not come after the sender. With many senders, memory contains one activation per pair.
+        The metric in the run with the path patched minus the metric in the clean run. With one sender, the result is a
+        tensor with shape `(batch,)`. With many senders, the result is a `Grid` with one row per sender and one column
+        per receiver. In the Grid, a cell is NaN if the receiver does not come after the sender. With many senders, one
+        activation for each pair of sender and receiver is kept in memory.
 
     Raises:
         HookPointError, SiteError: If a site does not exist, if no receiver comes after a sender, or if the sites frozen
             by default block every path from the senders to the receivers.
         ContrastError: If `clean` and `corrupted` have different numbers of inputs.
-        MetricError: If the metric does not return `(batch,)`.
+        MetricError: If the metric does not return a tensor with shape `(batch,)`.
 
     Example:
         >>> import torch
@@ -138,10 +142,10 @@ class Paths:
             self._skips = skips if _alike(fast, self._arrival(last, [label], ()), fast) else {}
 
     def received(self) -> dict[tuple[Any, Any], ActivationCache]:
-        """Return the activations that arrive at the receivers of each path, by (sender label, receiver label)."""
+        """Map each pair (sender label, receiver label) to a cache with the activations that arrive at the receivers."""
         found, order = dict[tuple[Any, Any], ActivationCache](), self._order
         for sender in self.senders:
-            # Receivers share a run if the same sites are frozen before each. Later sites do not affect a receiver.
+            # Receivers share a run if the same sites are frozen before each receiver. Later sites have no effect on it.
             held = {label: {*each} for (start, label), each in self._held.items() if start == sender}
             every = set().union(*held.values())
             alike = [
@@ -170,7 +174,10 @@ class Paths:
         return [patch_in(site, cache) for site in self.receivers[label]]
 
     def grid(self, metric: Metric) -> Grid:
-        """Patch the receivers of each path, and return the changes in the metric. Pairs without a path are NaN."""
+        """Patch the receivers of each path, and return the changes in the metric, with one row per sender label.
+
+        Each receiver label has a column. A cell is NaN if no path leads from the sender to the receivers.
+        """
         received = self.received()
         # Patching in clean activations is not a no-op if a module modifies them in place.
         runs = {(label,): self._cache for _, label in received} | received
@@ -187,7 +194,10 @@ class Paths:
         return Grid(rows, cols, differences, result.effect_label)
 
     def _arrival(self, sender: Any, labels: Sequence[Any], held: Iterable[Site]) -> ActivationCache:
-        """Run the model on the clean inputs with a sender patched and sites frozen, up to the last of the receivers."""
+        """Run the model on the clean inputs up to the last receiver with one of the labels, and record all receivers.
+
+        In this run, the sender is patched with its corrupted activation, and the sites in `held` are frozen.
+        """
         site = self.senders[sender]
         patches = [patch_in(site, self._source), *(patch_in(each, self._cache) for each in held)]
         ends = [end for label in labels for end in self._ends[label]]
@@ -238,7 +248,10 @@ def _alike(one: ActivationCache, other: ActivationCache, sites: Iterable[Site]) 
 
 
 def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ...]]:
-    """Return sites by label. If `sites` is not a dict, each site is labeled by its name."""
+    """Return a dict that maps labels to tuples of sites. If `sites` is not a dict, the labels are the sites' names.
+
+    `name` is "senders" or "receivers", for error messages.
+    """
     if isinstance(sites, (str, Site, HookPoint)):
         sites = [sites]
     if not (sites := sites if isinstance(sites, Mapping) else [*sites]):
@@ -250,7 +263,7 @@ def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ..
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
-    """Return the outputs of modules that have weights, except norms and modules that contain modules with weights."""
+    """Return the outputs of modules that have weights, except norms and modules that contain others with weights."""
     # A parametrization computes weights, not activations.
     weighted = [p for p in points.values() if p.parameters and "parametrizations" not in p.module.split(".")]
     modules = {point.module for point in weighted}

@@ -33,7 +33,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class Entry(NamedTuple):
-    """One row of the result: a label, and patches that are applied together."""
+    """One row of a sweep's result: the row's index, a label, and patches that are applied together."""
 
     number: int
     label: Any
@@ -41,17 +41,17 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Entries whose earliest patch is at the same hook point."""
+    """Entries whose first patch in execution order is at the same hook point, `point`."""
 
     point: HookPoint
     entries: tuple[Entry, ...]
-    skippable: int  # number of module calls that finish before the hook point
+    skippable: int  # number of module calls that finish before the hook point is reached
     bytes_each: int  # approximate memory per entry in a batched forward pass
     on_cpu: bool
 
     @property
     def is_single(self) -> bool:
-        """Whether all patches are at the group's hook point."""
+        """Whether all patches of the group's entries are at the group's hook point."""
         return all(patch.site.name == self.point.name for entry in self.entries for patch in entry.patches)
 
 
@@ -69,14 +69,14 @@ class Forward:
         restoring: undisturbed | None = None,
     ) -> None:
         self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
-        self.row = row  # index in the whole batch of the one row that `inputs` contains; None for the whole batch
+        self.row = row  # if `inputs` contains only one row of the whole batch, the index of that row; otherwise None
         self.undisturbed = restoring or undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
         self.rebound: list[tuple[dict[str, Any], str]] = []  # the attributes that the last call set
         self.draws = False  # whether the last call drew random numbers
 
     def __call__(self) -> Any:
-        """Run the model without side effects and return its output."""
+        """Run the model without side effects and return the model's output."""
         with self.running() as run:
             before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
             output = run.kept(self.output())
@@ -91,9 +91,9 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
-        """Prepare one forward pass that skips the first `skip` module calls; restore the model on exit.
+        """Return a context for one forward pass, which skips the first `skip` module calls. Restore the model on exit.
 
-        If `spread` is given, it is called with each skipped call and returns the output to use.
+        If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
         """
         with (
             self.undisturbed as run,
@@ -104,11 +104,14 @@ class Forward:
             yield run
 
     def output(self, inputs: Any = None) -> Any:
-        """Return the model's output. Call this inside `running`."""
+        """Run the model on `inputs`, a pair (args, kwargs), and return the output. Call this method inside `running`.
+
+        By default, the model runs on the inputs of this Forward.
+        """
         return fresh(self.points.run(*(inputs or self.inputs)))  # a model may return the same dict in every call
 
     def until(self, sites: Site | Sequence[Site], *, skip: int = 0) -> ActivationCache:
-        """Run the model up to the last of the sites, and return a cache that contains the activations at the sites."""
+        """Run the model up to the last of the sites, and return a cache with the activations at all sites."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=sites, stop=True, **kwargs)
@@ -117,8 +120,9 @@ class Forward:
     def fire(
         self, patches: Sequence[Patch], activation: Tensor, masks: dict[tuple[object, ...], Any] | None = None
     ) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the tensor at their hook point. Return the new tensor, and pairs (patch, NaN flag).
+        """Apply patches to `activation`, the tensor at the patches' hook point. Return the new tensor, and NaN flags.
 
+        The flags are a list of pairs (patch, flag). A flag is a bool tensor that is True if the patch introduced NaN.
         `masks` is the cache of masks from `where` functions, as in Moment.
         """
         args, kwargs = self.inputs
@@ -133,7 +137,7 @@ class Forward:
         return activation, flags
 
     def is_heavy(self) -> bool:
-        """Estimate whether arithmetic takes longer than calling the modules. If so, skipping modules saves time."""
+        """Estimate whether arithmetic takes longer than the overhead of calling modules. If so, skipping saves time."""
         operations, outputs = 0, [each for each in self.points.values() if each.side == "out" and each.shape]
         inner = {
             ".".join(parts[:end]) for each in outputs for parts in [each.module.split(".")] for end in range(len(parts))
@@ -145,9 +149,9 @@ class Forward:
         return operations * input_count(self.inputs) > _OPERATIONS * len(outputs)
 
     def ends(self) -> list[Forward]:
-        """Return two Forwards: one on the first row only, and one on the last row only.
+        """Return two Forwards: one that runs only on the first row, and one that runs only on the last row.
 
-        If forward passes on a single row would not save time, return an empty list.
+        If a forward pass on a single row would not save time, return an empty list.
         """
         count = input_count(self.inputs)
         if count < FEWEST_TO_CUT or published.now.rows is not None:
@@ -170,7 +174,7 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return one entry per label, numbered from `start`. `what` is the argument's name, for error messages."""
+    """Return one entry per label, numbered from `start`. `what` is the name of the argument, for error messages."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
@@ -187,7 +191,7 @@ class Seen:
 
     def __init__(self, leaf: Tensor, prefix: Prefix, *, keep: bool) -> None:
         self.nbytes, self.on_cpu = leaf.nbytes, leaf.is_cpu
-        self.skippable, self.step = prefix.finished, len(prefix.steps)  # how many finished before
+        self.skippable, self.step = prefix.finished, len(prefix.steps)  # numbers of calls and functions finished before
         self.clean = leaf.detach().clone() if keep and leaf.layout == torch.strided else None
         self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
 
@@ -200,9 +204,10 @@ class Seen:
 def clean_run(
     forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
 ) -> tuple[Any, list[Group], dict[str, Seen]]:
-    """Run the model without patches; return the output, the groups in execution order, and the activations by name.
+    """Run the model without patches. Return the output, the groups, and a dict of the activations at patched points.
 
-    If `store`, module outputs with up to `max_bytes` in total are stored in the prefix during the run.
+    The groups are in execution order. The dict maps names of hook points to Seen objects. If `store` is True, the
+    outputs of module calls, up to `max_bytes` in total, are stored in the prefix during the run.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)

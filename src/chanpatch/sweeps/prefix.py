@@ -1,4 +1,4 @@
-"""The prefix: the module calls before the patches. The prefix runs once; later forward passes reuse its outputs."""
+"""The prefix: the module calls before the patches. These calls run once; later forward passes reuse their outputs."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def refused(*, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
 
 @dataclass
 class Call:
-    """One module call in the remembered forward pass."""
+    """One module call in the forward pass that a Prefix remembers."""
 
     module: nn.Module
-    number: int  # index of the call among the module's calls
+    number: int  # index of the call among all calls to the module
     output: Any  # the value returned by forward(), before any hook changed it
-    versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
+    versions: list[tuple[Tensor, int]]  # each tensor in the output, with the tensor's version after the call
     left: Snapshot | None  # the state of the module after the call; None if the call did not change the state
     known: bool  # whether later forward passes may reuse the output instead of running the call
     copied: bool = False  # whether to copy the output for each pass, because a module modifies it in place
@@ -61,9 +61,10 @@ class Call:
 class Prefix:
     """The module calls in one forward pass, with the outputs that later forward passes reuse.
 
-    The output of a call is reused if no submodule has hooks, the call draws no random numbers, and the output shares no
-    memory with the arguments. All other calls run in every forward pass. The hooks on a skipped module itself still
-    run, and receive the stored output. The caller must restore the model after each forward pass.
+    The output of a module call is reused if no submodule of the module has hooks, the call draws no random numbers, and
+    the output shares no memory with the call's arguments. All other calls run in every forward pass. If a call is
+    skipped, hooks on the called module still run, and receive the stored output. The user of this class must restore
+    the model after each forward pass.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -71,31 +72,34 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes, self._draws = 0, False
         self.calls: list[Call] = []  # in the order in which the calls finished
-        # For each torch function: number of module calls that finished before it, bytes, and arithmetic operations.
+        # For each call to a torch function: number of module calls finished before, bytes, and arithmetic operations.
         self.steps: list[tuple[int, int, float]] = []
-        self.last_read = 0  # number of torch functions before the last one that read a value from a tensor
+        self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values
         self._counts: Counter[nn.Module] = Counter()
         self._spread: Callable[[Call], Any] | None = None
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
-        self.finished = self._skipped = 0  # numbers of calls finished, or to skip, in the current forward pass
+        self.finished = self._skipped = 0  # in the current forward pass: number of finished calls, and of calls to skip
 
     def largest_after(self, number: int) -> int:
-        """Return the size in bytes of the largest tensor that was computed after the first `number` calls finished."""
+        """Return the size in bytes of the largest tensor computed after the first `number` module calls finished."""
         return int(self._largest[bisect_left(self._finished, number)])
 
     def work_after(self, step: int) -> tuple[int, float, float]:
-        """Return the number of torch functions after the first `step`, their arithmetic operations, and their bytes."""
+        """Return (torch functions, arithmetic operations, bytes): totals over all torch functions from `step` onward.
+
+        `step` is an index in `steps`.
+        """
         return len(self.steps) - step, float(self._operations[step]), float(self._bytes[step])
 
     @contextmanager
     def remembered(
         self, taps: Collection[str], max_bytes: int, *, draws: bool = False, store: bool = True
     ) -> Iterator[None]:
-        """Record the work of the forward pass that runs inside this context. If `store`, also store its module calls.
+        """Record the work of the forward pass that runs inside this context. If `store` is True, store module calls.
 
-        The output of a call is not stored if a tap in `taps` runs during the call, or if all stored outputs together
-        would exceed `max_bytes`. `draws` indicates that the forward pass draws random numbers.
+        The output of a module call is not stored if a tap in `taps` runs during the call, or if all stored outputs
+        together would exceed `max_bytes`. `draws` must be True if the forward pass draws random numbers.
         """
         self._taps, self._free_bytes, self._draws = taps, max_bytes, draws
         self.finished, self.last_read = 0, 0
@@ -120,7 +124,7 @@ class Prefix:
     def skipped(self, number: int, spread: Callable[[Call], Any] | None = None) -> Iterator[None]:
         """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs.
 
-        If `spread` is given, it is called with each skipped call and returns the output to use.
+        If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
         """
         self.finished, self._inside, self._skipped, self._spread = 0, False, number, spread
         for call in self.calls[:number]:
@@ -177,7 +181,10 @@ class Prefix:
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
-        """Copy the stored outputs that a module may modify in place. `written` contains the storages of its inputs."""
+        """Copy those stored outputs that a module may modify in place.
+
+        `written` contains the addresses of the storages of the module's inputs.
+        """
         for call in self.calls:
             if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
@@ -192,7 +199,7 @@ class Prefix:
 
 
 class _Watch(TorchFunctionMode):
-    """Record the size and the arithmetic of each torch function, and the last function that reads values."""
+    """Record, in a Prefix, the size and the arithmetic of each torch function, and which function last read values."""
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
@@ -228,7 +235,7 @@ _READS = re.compile(
 
 
 def _tensors(each: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in the arguments or the output of a torch function."""
+    """Yield the tensors among the given arguments or outputs of a torch function, also inside tuples and lists."""
     for one in each:
         if isinstance(one, Tensor):
             yield one
@@ -237,7 +244,7 @@ def _tensors(each: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _reads(name: str, args: tuple[Any, ...]) -> bool:
-    """Return whether a torch function returns a Python value, or a tensor whose shape depends on values."""
+    """Return whether a torch function returns a Python value, or a tensor whose shape depends on a tensor's values."""
     masks = name == "__getitem__" and any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1:]))
     return bool(_READS.fullmatch(name) or masks) or (name == "where" and len(args) == 1)
 
@@ -247,7 +254,7 @@ def _caller(depth: int) -> str:
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the size in bytes of the attention scores that vmap, but not the loop, stores on a CPU.
+    """Return the size in bytes of the attention scores, which on a CPU are stored under vmap but not in the loop.
 
     For functions other than attention, return 0.
     """
@@ -265,7 +272,7 @@ _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def fresh(tree: Any) -> Any:
-    """Copy the containers in an output, but not the tensors inside them."""
+    """Return an output with copies of all containers. The tensors inside the containers are not copied."""
     if type(tree) is list:
         return [*map(fresh, tree)]
     if isinstance(tree, tuple):
@@ -296,7 +303,7 @@ def _copy(output: Any) -> Any:
 
 @contextmanager
 def _wrapped(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
-    """Inside this context, call `around(module, forward, ...)` instead of each module's `forward(...)`."""
+    """Inside this context, calls to each module's `forward(...)` run `around(module, forward, ...)` instead."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(WrappedMethod(module, "forward", partial(around, module)))

@@ -27,13 +27,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Swept:
-    """The strategy that a sweep used for the entries whose first patch is at a given hook point.
+    """The strategy that a sweep used for a group: all entries whose first patch is at one hook point.
+
+    An entry is a label with one or more patches.
 
     Attributes:
         point: Name of the hook point.
-        patches: Number of these entries, including controls.
+        patches: Number of entries in the group, including controls.
         strategy: `"fold"`, `"vmap"`, `"resume"` or `"loop"`.
-        why: Reason why the sweep used this strategy and not a faster one.
+        why: Reason why the sweep used this strategy and not a faster strategy.
     """
 
     point: str
@@ -44,20 +46,22 @@ class Swept:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweepResult(Effects):
-    """Effects of patches on one or more metrics: one row per label, in the given order.
+    """Effects of patches on one or more metrics: one row per label, in the order of the argument `patches`.
 
     If there are several metrics, pass a metric's name to the methods below.
 
     Attributes:
         labels: Label of each row.
-        patches: Patches for each row, in the order in which they are applied.
-        values: Values of each metric on the patched outputs, by the metric's name, with shape `(patch, input)`. If a
-            metric returns a single number, the shape is `(patch, 1)`.
-        baseline: Values of each metric on the unpatched output, by the metric's name, with shape `(input,)`.
-        controls: Results for the control patches in the same sweep; None if there are no controls.
-        groups: Strategy used for each group of finished rows. In a group, all first patches are at the same hook point.
-        complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
-        no_p: Reason why ranks among the controls have no p-values, or an empty string.
+        patches: Tuple with one item per row: a tuple of the row's patches, in the order in which they are applied.
+        values: Dict that maps each metric's name to the metric's values on the patched outputs, with shape
+            `(patch, input)`. If a metric returns a single number, the shape is `(patch, 1)`.
+        baseline: Dict that maps each metric's name to the metric's values on the unpatched output, with shape
+            `(input,)`.
+        controls: SweepResult for the control patches in the same sweep; None if there are no controls.
+        groups: Strategy used for each group of finished rows. In a group, the first patch of every row is at the same
+            hook point.
+        complete: Whether all patches were run. False only in the partial result of an interrupted sweep.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string if p-values are available.
     """
 
     labels: tuple[Any, ...]
@@ -75,13 +79,13 @@ class SweepResult(Effects):
         """Return the metric with each patch minus the metric without the patch, with shape `(patch, input)`.
 
         Raises:
-            MetricError: If no metric has this name, or if `metric` is None and the sweep has several metrics.
+            MetricError: If no metric is named `metric`, or if `metric` is None and the sweep has several metrics.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
 
     def effect(self, metric: str | None = None) -> Floats:
-        """Return the difference averaged over the inputs, in the metric's unit, with shape `(patch,)`."""
+        """Return the mean of `differences` over the inputs, in the metric's unit, with shape `(patch,)`."""
         found: Floats = self.differences(metric).mean(axis=1)
         return found
 
@@ -90,7 +94,7 @@ class SweepResult(Effects):
 
         The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
         Each interval contains the intervals from `chanpatch.statistics.mean_interval` and `max_t_test` for the given
-        seed. Intervals over six to nine inputs are marked, and intervals over fewer than six are withheld.
+        seed. Intervals from six to nine inputs are marked, and intervals from fewer than six inputs are withheld.
         Differences that are equal up to rounding error are treated as equal.
         """
         whole = self._whole or self
@@ -120,9 +124,9 @@ class SweepResult(Effects):
         """Return one record per patch and metric, with the controls last.
 
         Each record contains the `label`, the name of the `metric`, the `effect` with an interval (`low`, `high`,
-        `note`), and the mean of the metric with the patch (`patched`) and without the patch (`baseline`). With
-        controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p`, the reason for a
-        missing p-value.
+        `note`), and the mean of the metric with the patch (`patched`) and without the patch (`baseline`). If there are
+        controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p` (the reason for a
+        missing p-value).
         """
         if self.controls is None:
             return self._records()
@@ -137,7 +141,10 @@ class SweepResult(Effects):
         return super(SweepResult, self._only(self._named(metric))).grid(rows, cols)
 
     def to_xarray(self, dims: Sequence[str], metric: str | None = None) -> Any:
-        """Return the effects as an `xarray.DataArray` with one dimension per part of each label."""
+        """Return the effects as an `xarray.DataArray` with one dimension per part of the labels, which must be tuples.
+
+        `dims` contains one name per dimension.
+        """
         return super(SweepResult, self._only(self._named(metric))).to_xarray(dims)
 
     @property
@@ -182,12 +189,12 @@ class SweepResult(Effects):
         return notes
 
     def _snapped(self, metric: str | None) -> Floats:
-        """Remove rounding error from the differences, and transpose them to `(input, patch)`."""
+        """Return the differences without rounding error, transposed to shape `(input, patch)`."""
         same = rounding(patch.site for patches in self.patches for patch in patches)
         return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 
     def _ranks(self) -> list[Rank | None]:
-        """Return all ranks in one list: for each patch, the ranks for all metrics."""
+        """Return one flat list of ranks: the ranks of the first patch for all metrics, then those of the second, ..."""
         each = [self.ranks(name) for name in self.values]
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
@@ -232,17 +239,17 @@ class SweepResult(Effects):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Attribution(Effects):
-    """Estimated effects of patches on a metric, in the given order, with exact effects for some patches.
+    """Estimated effects of patches on a metric, one row per patch, with exact effects for some of the patches.
 
     Attributes:
         labels: Label of each row.
         patches: The patch for each row.
         exact: Effect of each patch as measured by a forward pass; NaN for patches that were not run.
-        drawn: Whether each row's patch is in the random sample.
+        drawn: Whether each row's patch is in the random sample of patches whose exact effects were measured.
         rank_correlation: Spearman correlation between the estimates and the exact effects in the random sample; NaN if
             the correlation is undefined, or if the sample contains fewer than three patches.
         sample: Number of patches in the random sample.
-        inputs: Number of inputs.
+        inputs: Number of inputs over which effects are averaged.
         steps: Number of points on the line from the clean to the patched activation at which the gradient was computed.
     """
 
@@ -288,7 +295,7 @@ class SweepInterrupted(KeyboardInterrupt):
     """Raised when a sweep is interrupted with Ctrl-C.
 
     Attributes:
-        partial: Result for the finished patches.
+        partial: SweepResult with one row for each finished entry.
     """
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:

@@ -61,16 +61,17 @@ _ADVICE = {  # advice for unsupported environments, by the library that defines 
 def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any, Any, Any]:
     """Convert a procgen environment with gym3's interface to a vector environment, for `rollout`.
 
-    A rollout also accepts the procgen environment itself. In that case, each seed is a level number (`start_level`). An
-    episode that ends is always reported as terminated, because gym3 does not distinguish truncation from termination.
+    A rollout also accepts an unconverted procgen environment. Without `states`, each seed is a level number
+    (`start_level`). An episode that ends is always reported as terminated, because gym3 does not distinguish truncation
+    from termination.
 
     Args:
         envs: `procgen.ProcgenGym3Env`, possibly in gym3 wrappers.
-        states: States from `get_state()`. If given, each seed is an index in this list, and the episode starts from
-            that state.
+        states: List of states from `get_state()`. If given, each seed is an index into this list, and the episode
+            starts from the state at that index.
 
     Raises:
-        RolloutError: If the environment cannot load levels or states, or if a seed is not the index of a state.
+        RolloutError: If the environment cannot load levels or states, or if a seed is not an index into `states`.
 
     Example:
         `rollout(policy, from_gym3(ProcgenGym3Env(num=2, env_name="maze"), states), range(len(states)), max_steps=500)`
@@ -83,16 +84,17 @@ def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any
 def from_pettingzoo(
     environment: Any, agent: str, others: Callable[[str, Any, Generator], Any]
 ) -> gymnasium.Env[Any, Any]:
-    """Convert a PettingZoo environment to a gymnasium environment for one agent. A function acts for the others.
+    """Convert a PettingZoo environment to a gymnasium environment for one agent. A function acts for all other agents.
 
-    The infos contain the `action_mask` from the observation, if there is one. For several sub-environments, pass
-    `SyncVectorEnv([lambda: from_pettingzoo(make_environment(), agent, others)] * 8)` to the rollout.
+    If the agent's observation contains an `action_mask`, the infos contain the mask as well. For several
+    sub-environments, pass `SyncVectorEnv([lambda: from_pettingzoo(make_environment(), agent, others)] * 8)` to the
+    rollout.
 
     Args:
         environment: AEC or parallel environment.
         agent: Name of the agent that the policy controls.
-        others: Function that returns another agent's action. It receives that agent's name, that agent's observation,
-            and a random generator that is seeded with the episode's seed.
+        others: Function that returns the action of another agent. The function receives the other agent's name, the
+            other agent's observation, and a random generator that is seeded with the episode's seed.
 
     Raises:
         RolloutError: On reset, if the environment does not have an agent with the given name.

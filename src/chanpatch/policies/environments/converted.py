@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 
 class Converted(VectorEnv[Any, Any, Any]):
-    """Vector environment that wraps the environments in `given`. The user closes these environments."""
+    """Base class of vector environments that wrap the user's environments `given`, which the user must close."""
 
     plays_in_copies = False
 
@@ -21,7 +21,7 @@ class Converted(VectorEnv[Any, Any, Any]):
         self.single_action_space, self.action_space = actions, batch_space(actions, num_envs)
 
     def joined(self, each: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """Join the infos from the sub-environments as gymnasium's vector environments do."""
+        """Join one dict of infos per sub-environment into one dict, as gymnasium's vector environments do."""
         found: dict[str, Any] = {}
         for number, infos in enumerate(each):
             found = self._add_info(found, {**infos}, number)

@@ -14,7 +14,7 @@ from ...errors import RolloutError
 
 
 class OneAgent(gymnasium.Env[Any, Any]):
-    """A PettingZoo environment as one agent sees it; see `from_pettingzoo`."""
+    """A gymnasium environment for one agent in a PettingZoo environment; see `from_pettingzoo`."""
 
     def __init__(self, given: Any, agent: str, others: Callable[[str, Any, Generator], Any]) -> None:
         self.environment = parallel_to_aec(given) if isinstance(given, ParallelEnv) else given
@@ -25,14 +25,14 @@ class OneAgent(gymnasium.Env[Any, Any]):
         self.observation_space, self.action_space = given.observation_space(agent), given.action_space(agent)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode, and let the other agents act until it is this agent's turn."""
+        """Start an episode, and let the other agents act until the controlled agent's first turn."""
         super().reset(seed=seed)
         self.environment.reset(seed=seed, options=options)
         observation, _, _, _, info = self._turn()
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Take this agent's action, and let the other agents act until it is this agent's turn again."""
+        """Take the controlled agent's action, and let the other agents act until the controlled agent's next turn."""
         self.environment.step(action)
         return self._turn()
 

@@ -16,7 +16,7 @@ from .converted import Converted
 
 
 def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """Return the environments, in a OneByOne if `make_vec` created them such that they accept only one seed."""
+    """Return `envs`. If `make_vec` created `envs` in a form that accepts only one seed, return a OneByOne instead."""
     mode = getattr(envs.spec, "kwargs", {}).get("vectorization_mode")
     if mode != "vector_entry_point" or envs.unwrapped is not envs:
         return envs
@@ -27,7 +27,7 @@ def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
 
 
 class OneByOne(Converted):
-    """Vector environment that consists of one-row copies of another one, so each row can have its own seed."""
+    """Vector environment made of one-row copies of another vector environment, so that each row has its own seed."""
 
     plays_in_copies = True
 
@@ -70,5 +70,5 @@ class OneByOne(Converted):
 def _first_row(infos: Mapping[str, Any]) -> dict[str, Any]:
     parts = {
         name: part for name, part in infos.items() if not name.startswith("_")
-    }  # "_name" is a mask of the rows that have "name"
+    }  # the entry "_name" is a mask, which is True for rows that have the entry "name"
     return {name: _first_row(part) if isinstance(part, Mapping) else part[0] for name, part in parts.items()}

@@ -16,7 +16,7 @@ from .converted import Converted
 
 
 class FromGym3(Converted):
-    """procgen environments that start on given levels.
+    """Vector environment of procgen environments whose episodes start on given levels or from given states.
 
     The observation that a sub-environment returns at the end of an episode already shows the next level.
     """
@@ -35,7 +35,7 @@ class FromGym3(Converted):
             )
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start each sub-environment on the level for the sub-environment's own seed."""
+        """Start an episode in each sub-environment, on the level or from the state for the sub-environment's seed."""
         if seed is not None:
             self._procgen.set_state([self._level(operator.index(each)) for each in seed])
         return self.given.observe()[1], self.joined(self.given.get_info())

@@ -13,7 +13,7 @@ from .converted import Converted
 
 
 class FromStableBaselines(Converted):
-    """The environments in a VecEnv, which resets a sub-environment in the step that ends the episode."""
+    """Vector environment that wraps a VecEnv, which resets a sub-environment in the same step that ends an episode."""
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
