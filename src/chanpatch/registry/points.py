@@ -214,6 +214,7 @@ def hook_points(
         SiteError: If `axes` does not fit a hook point, or `free` does not fit the inputs.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> points = hook_points(model, torch.zeros(2, 3, 9, 9))
         >>> points["1"].axes, points["1"].shape
