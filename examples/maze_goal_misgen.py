@@ -89,7 +89,7 @@ def check(given: argparse.Namespace) -> None:
 
 def main() -> int:
     given = arguments().parse_args()
-    return exit_status(lambda: study(given))
+    return exit_status(lambda: study(given), resumes=False)
 
 
 def study(given: argparse.Namespace) -> None:

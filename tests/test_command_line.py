@@ -44,7 +44,8 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
         (missing, f"[Errno 2] No such file or directory: '{missing}'\n"),
         (
             foreign,
-            f"'{foreign}' is damaged: SafetensorError: Error while deserializing header: header too small\n",
+            f"'{foreign}' is damaged, or is not a file from chanpatch.save(): SafetensorError: Error while "
+            "deserializing header: header too small\n",
         ),
     ):
         with pytest.raises(SystemExit) as end:

@@ -200,6 +200,16 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "Site('conv1', chanel=3): there is no axis 'chanel' (did you mean 'channel'?); hook point 'conv1' has axes "
         "(batch, channel, row, col).",
     ),
+    "a key that is a tuple": (
+        TypeError,
+        lambda: cache()["resid_post", 1],
+        "A cache is indexed by a site, a hook point or a name; got ('resid_post', 1).",
+    ),
+    "a function that selects names": (
+        TypeError,
+        lambda: run_with_cache(POINTS, *CNN.inputs(2), sites=lambda name: True),
+        "sites= must be a name, a pattern, a site, a hook point or a list of these; got function.",
+    ),
     "an index named twice": (
         errors.SiteError,
         lambda: POINTS.site("conv1", channel=[7, -1]),

@@ -12,17 +12,18 @@ class UserError(ValueError):
     """An error that the user can fix. All other errors keep their traceback."""
 
 
-def exit_status(command: Callable[[], int | None]) -> int:
+def exit_status(command: Callable[[], int | None], *, resumes: bool = True) -> int:
     """Run a command and return the exit status: the number that the command returns, or 0 if it returns None.
 
     The status is 2 after an error that the user can fix, and 130 after Ctrl-C. Import packages inside the command, so
-    that a missing package gives a one-line error message.
+    that a missing package gives a one-line error message. `resumes` is whether the command can continue later.
     """
     try:
         check_python()
         return command() or 0
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues from the results on disk.", file=sys.stderr)
+        kept = "The same command continues from the results on disk." if resumes else "Nothing was saved."
+        print(f"\nInterrupted. {kept}", file=sys.stderr)
         return 130
     except Exception as error:
         message = _message(error)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -123,7 +123,12 @@ class Effects(Records):
         return data_array(differences.mean(axis=-1), dict(zip(dims, axes, strict=True)), self.effect_label)
 
     def _arranged(self, parts: Sequence[int]) -> tuple[list[tuple[Any, ...]], NDArray[np.float64]]:
-        """Return the labels along each axis (one axis per part), and effects with shape `(*axes, input)`."""
+        """Return the labels along each axis (one axis per part), and the effects with shape `(*axes, input)`."""
+        if any(not isinstance(part, Integral) for part in parts):
+            raise StatisticsError(
+                "The parts of the labels must be integers, as in grid(rows=0, cols=1); got "
+                f"{', '.join(map(repr, parts))}. For a metric, pass metric='name'."
+            )
         named, known, values = f"parts {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
         for label in getattr(self, self._by_row[0]):
             if not isinstance(label, tuple) or not all(-len(label) <= part < len(label) for part in parts):
@@ -152,8 +157,10 @@ class Effects(Records):
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
         """Return the `count` rows with the largest absolute effects, given each row's effect."""
-        if count < 0:
-            raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
+        if not isinstance(count, Integral) or count < 0:
+            raise StatisticsError(
+                f"top() expects the number of rows first, at least 0; got {count!r}. For a metric, pass metric='name'."
+            )
         return self._rows(largest_first(effect)[:count])
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
@@ -232,7 +239,7 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
-    return {name: "-" if np.isnan(record["effect"]) else f"{record['effect']:+.3g}", "95%": interval}
+    return {name: "-" if np.isnan(record["effect"]) else f"{record['effect']:+.3g}", "joint 95%": interval}
 
 
 def shown_p(p: float) -> str:

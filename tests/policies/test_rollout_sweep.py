@@ -343,7 +343,7 @@ def test_a_sweep_prints_the_differences_and_p_values_from_19_controls_on(cart_po
         for count in (18, 19)
     }  # fmt: skip
     assert printed[19][0] == f"1 patch, mean return over the same {len(SEEDS)} episodes"
-    assert printed[19][1].split() == ["label", "effect", "95%", "patched", "original", "rank", "p"]
+    assert printed[19][1].split() == ["label", "effect", "joint", "95%", "patched", "original", "rank", "p"]
     withheld = "No interval (-): 5 independent rows, fewer than 6."
     assert printed[19][3:] == [withheld, "Ranks are among 19 controls."]
     assert printed[18][3:] == [withheld, "Ranks are among 18 controls.", "No p-values: fewer than 19 controls"]

@@ -492,7 +492,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     filled = [[cell.strip() for cell in row if cell.strip()] for row in columns]
     assert filled[:2] == [
         ["3 policies over the same 8 episodes"],
-        ["policy", "mean return", "difference", "95%", "mean length", "terminated"],
+        ["policy", "mean return", "difference", "joint 95%", "mean length", "terminated"],
     ]
     ended = f"{first.terminated.mean():.1%}"
     assert filled[2] == ["fair", f"{first.returns.mean():.4g}", f"{first.lengths.mean():.4g}", ended]

@@ -153,6 +153,11 @@ MESSAGES: dict[str, tuple[Any, str]] = {
         "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24 hook points: `*` stops at "
         "a dot; `**` does not.",
     ),
+    "a pattern without the parents of its modules": (
+        lambda: POINTS.select("mlp.act"),
+        "No hook point matches 'mlp.act'. '**.mlp.act' would match 24 hook points: `**.` matches modules inside other "
+        "modules. (258 hook points; print the HookPoints to list them.)",
+    ),
     "a misspelt part in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"h.*.attm": ("batch", "feature")}),
         "axes={'h.*.attm': ...}: no hook point matches this pattern. Did you mean 'h.9.attn.out'?",
@@ -290,3 +295,11 @@ def test_a_wildcard_in_a_name_that_exists_means_itself() -> None:
     assert [*points.select("why*")] == ["why?", "whyx"]
     cache = run_with_cache(points, torch.randn(2, 3), sites="why?", stop=True)
     assert cache["why?"].shape == (2, 3)
+
+
+def test_the_end_of_a_name_is_enough_for_a_suggestion() -> None:
+    model = nn.ModuleDict({"embedder": nn.ModuleDict({"relu3": nn.ReLU(), "relu2": nn.ReLU()})})
+    model.forward = lambda inputs: model["embedder"]["relu3"](model["embedder"]["relu2"](inputs))  # type: ignore
+    points = hook_points(model, torch.zeros(2, 3))
+    with pytest.raises(HookPointError, match="No hook point named 'relu3'. Did you mean 'embedder.relu3'?"):
+        points.site("relu3")

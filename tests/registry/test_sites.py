@@ -207,6 +207,26 @@ def test_what_a_hook_point_does_not_have_is_refused_when_positions_are_known(ind
         Site("conv", **indices).positions(AXES, LENGTHS)
 
 
+def test_an_unknown_axis_without_a_near_name_is_an_error_that_shows_how_to_name_axes():
+    with pytest.raises(SiteError) as caught:
+        Site("conv", head=5).positions(AXES, LENGTHS)
+    assert str(caught.value) == (
+        f"Site('conv', head=5): there is no axis 'head'; hook point 'conv' has axes ({', '.join(AXES)}). To name or "
+        "split axes, pass axes={...} to hook_points(); for a transformers model, pass "
+        "axes=chanpatch.huggingface.axes(model)."
+    )
+
+
+def test_a_position_out_of_range_is_an_error_that_explains_the_cache_of_keys_and_values():
+    with pytest.raises(SiteError) as caught:
+        Site("h.0", position=2).positions(("batch", "position", "feature"), (3, 1, 8))
+    assert str(caught.value) == (
+        "Site('h.0', position=2): position 2 is out of range; hook point 'h.0' has axes (batch, position, feature) and "
+        "1 positions (0 to 0). Positions are counted within one forward pass. With a key-value cache, later passes "
+        "contain only the new tokens."
+    )
+
+
 def test_all_faults_of_a_site_are_named_at_once():
     with pytest.raises(SiteError) as caught:
         Site("conv", channel=64, row=[7, -1], head=0).positions(AXES, LENGTHS)

@@ -590,7 +590,7 @@ def test_bytes_that_are_no_safetensors_are_one_error_and_run_nothing(
     monkeypatch.chdir(file.parent)
     file.write_bytes(BYTES[name])
     message = refused(InterventionError, lambda: load(file))
-    assert message.startswith(f"'{file}' is damaged: SafetensorError: Error while deserializing header: ")
+    assert message.startswith(f"'{file}' {NOT_OURS}SafetensorError: Error while deserializing header: ")
     assert [*file.parent.iterdir()] == [file]
 
 
@@ -599,7 +599,9 @@ def test_a_file_that_was_cut_short_is_one_error_wherever_it_was_cut(file: Path) 
     whole = file.read_bytes()
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
-        assert " is damaged: SafetensorError: " in refused(InterventionError, lambda: load(file))
+        assert " is damaged, or is not a file from chanpatch.save(): SafetensorError: " in refused(
+            InterventionError, lambda: load(file)
+        )
 
 
 def test_a_header_larger_than_safetensors_allows_is_refused_before_it_is_read(file: Path) -> None:
@@ -607,7 +609,7 @@ def test_a_header_larger_than_safetensors_allows_is_refused_before_it_is_read(fi
         stream.write(struct.pack("<Q", 2**30))
         stream.truncate(2**30 + 8)  # takes no room on the disk
     assert refused(InterventionError, lambda: load(file)) == (
-        f"'{file}' is damaged: SafetensorError: Error while deserializing header: header too large"
+        f"'{file}' {NOT_OURS}SafetensorError: Error while deserializing header: header too large"
     )
 
 
@@ -615,6 +617,7 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
     assert refused(FileNotFoundError, lambda: load(file)) == f"[Errno 2] No such file or directory: '{file}'"
 
 
+NOT_OURS = "is damaged, or is not a file from chanpatch.save(): "
 DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the patches again."
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
@@ -634,47 +637,53 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "no json": (
         "{",
-        "is damaged: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        NOT_OURS + "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     ),
-    "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
+    "json of another kind": (
+        [1],
+        NOT_OURS + "TypeError: list indices must be integers or slices, not str",
+    ),
     "a format that is no number": (
         record() | {"format": "1"},
         f"has format '1', but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
     ),
-    "no patches": ({"format": 3}, "is damaged: KeyError: 'patches'"),
-    "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
+    "no patches": ({"format": 3}, NOT_OURS + "KeyError: 'patches'"),
+    "an edit that is a list": (
+        record(edit=["Set"]),
+        NOT_OURS + "TypeError: unhashable type: 'list'",
+    ),
     "an operand of another edit": (
         record(operands={"factor": 2}),
-        "is damaged: TypeError: Set.__init__() got an unexpected keyword argument 'factor'",
+        NOT_OURS + "TypeError: Set.__init__() got an unexpected keyword argument 'factor'",
     ),
     "an operand that is text": (
         record(operands={"value": "0"}),
-        "is damaged: EditError: Set: the value must be a real number (int or float) or a tensor; got '0'.",
+        NOT_OURS + "EditError: Set: the value must be a real number (int or float) or a tensor; got '0'.",
     ),
     "a number that is none": (
         record(operands={"value": {"float": "__import__('os')"}}),
-        "is damaged: ValueError: could not convert string to float: \"__import__('os')\"",
+        NOT_OURS + "ValueError: could not convert string to float: \"__import__('os')\"",
     ),
     "a tensor that is not there": (
         record(operands={"value": {"tensor": "9", "order": []}}),
-        "is damaged: KeyError: '9'",
+        NOT_OURS + "KeyError: '9'",
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: `where` at Site('fc') must be a bool tensor (such as column < 12) or a function that "
+        NOT_OURS + "EditError: `where` at Site('fc') must be a bool tensor (such as column < 12) or a function that "
         "returns a bool tensor; got int.",
     ),
     "an index that is none": (
         record(site={"name": "fc", "indices": {"feature": {"slice": ["\x1b[2J"]}}}),
-        "is damaged: SiteError: Site('fc', feature=slice(None, '\\x1b[2J', None)): slice bounds must be integers.",
+        NOT_OURS + "SiteError: Site('fc', feature=slice(None, '\\x1b[2J', None)): slice bounds must be integers.",
     ),
     "an axis that commands a terminal": (
         record(site={"name": "fc", "indices": {"\x1b[2J": []}}),
-        "is damaged: SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Omit \\x1b[2J to select the whole axis.",
+        NOT_OURS + "SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Omit \\x1b[2J to select the whole axis.",
     ),
     "a receipt of another kind": (
         record() | {"receipt": {"weights": "0"}},
-        "is damaged: TypeError: Receipt.__init__() missing 3 required positional arguments: 'inputs', 'output', and "
+        NOT_OURS + "TypeError: Receipt.__init__() missing 3 required positional arguments: 'inputs', 'output', and "
         "'environment'",
     ),
 }
@@ -694,12 +703,12 @@ def test_metadata_that_chanpatch_did_not_write_is_one_error_and_runs_nothing(
 @pytest.mark.parametrize("order", [[0, 0], [2, 1], [0], 7], ids=str)
 def test_an_order_of_axes_that_no_tensor_can_have_is_one_error(order: Any, file: Path) -> None:
     written(file, record(operands={"value": {"tensor": "0", "order": order}}), {"0": torch.zeros(1, 4)})
-    assert refused(InterventionError, lambda: load(file)).startswith(f"'{file}' is damaged: ")
+    assert refused(InterventionError, lambda: load(file)).startswith(f"'{file}' {NOT_OURS}")
 
 
 def test_json_nested_without_end_is_one_error(file: Path) -> None:
     written(file, "[" * 1_000_000)
-    assert refused(InterventionError, lambda: load(file)).startswith(f"'{file}' is damaged: RecursionError: ")
+    assert refused(InterventionError, lambda: load(file)).startswith(f"'{file}' {NOT_OURS}RecursionError: ")
 
 
 def test_a_safetensors_file_of_weights_holds_no_patches(file: Path) -> None:

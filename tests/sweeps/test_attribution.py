@@ -262,7 +262,7 @@ def test_rows_are_in_the_order_given_and_turn_into_records() -> None:
 def test_an_attribution_prints_as_a_table_with_its_receipt() -> None:
     result = attribution(POINTS, INPUTS, patches=map(zero_ablate, split("0", "1", "2", "3")), metric=METRIC, verify=6)
     lines = repr(result).splitlines()
-    assert lines[0] == "22 patches, effects estimated from the clean run's gradient, 8 inputs"
+    assert lines[0] == "22 patches, effects estimated from the unpatched run's gradient, 8 inputs"
     assert lines[1].split() == ["label", "effect", "exact", "drawn"]
     assert lines[2].startswith(result.top(1).labels[0])
     assert lines[-2:] == [
@@ -458,7 +458,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a count below zero": (
         lambda: attributed([zero_ablate(WHOLE)])().top(-1),
         StatisticsError,
-        "The count in top() must be at least 0; got -1.",
+        "top() expects the number of rows first, at least 0; got -1. For a metric, pass metric='name'.",
     ),
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),

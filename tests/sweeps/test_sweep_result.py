@@ -586,7 +586,10 @@ def test_what_cannot_be_swept_is_refused(points: HookPoints, fault: str) -> None
 def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
     with pytest.raises(errors.StatisticsError) as caught:
         swept(points).top(-1)
-    assert str(caught.value) == "The count in top() must be at least 0; got -1."
+    assert (
+        str(caught.value)
+        == "top() expects the number of rows first, at least 0; got -1. For a metric, pass metric='name'."
+    )
     assert len(swept(points).top(0)) == 0
 
 
@@ -635,3 +638,42 @@ def test_an_effect_at_the_level_of_rounding_does_not_rank_before_controls_withou
     patch, controls = edit(first, lambda x: x * (1 + 2e-7)), [edit(site, torch.clone) for site in others]
     result = sweep(points, inputs, patches=patch, controls=controls, metric=lambda output: output[:, 0])
     assert result.effect()[0] > 0 and result.to_records()[0]["p"] == 1
+
+
+class Unused(nn.Module):
+    """Returns its second layer's output, and does not use the first layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ignored, self.used = nn.Linear(6, 8), nn.Linear(6, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.ignored(inputs)
+        return self.used(inputs)  # type: ignore[no-any-return]
+
+
+def test_a_table_says_if_every_effect_at_a_hook_point_is_exactly_zero() -> None:
+    points = hook_points(Unused().eval(), *vectors(ROWS))
+    patches = [zero_ablate(points.site("ignored")), zero_ablate(points.site("used"))]
+    options: dict[str, Any] = {"patches": patches, "metric": first}
+    lines = repr(sweep(points, *vectors(ROWS), **options)).splitlines()
+    note = "Every effect is exactly 0 at 'ignored'. Either the patches do not change the activation, or the model does "
+    assert note + "not use this tensor." in lines
+    assert "exactly 0" not in repr(sweep(points, *vectors(ROWS), **{**options, "patches": patches[1]}))
+
+
+def test_a_long_table_shows_the_largest_effects(points: HookPoints) -> None:
+    result = swept(points, patches={n: patch for n, patch in enumerate(3 * zeroed(points))})
+    shown = [int(line.split()[0]) for line in repr(result).splitlines()[2:22]]
+    assert shown == [*result.top(20).labels] and "... 4 more" in repr(result)
+
+
+@pytest.mark.parametrize("call", [lambda result: result.top("first"), lambda result: result.grid("first")])
+def test_a_metric_in_the_place_of_a_number_is_an_error_that_shows_the_keyword(points: HookPoints, call: Any) -> None:
+    with pytest.raises(errors.StatisticsError) as caught:
+        call(swept(points, patches={(n, 0): patch for n, patch in enumerate(zeroed(points))}))
+    assert str(caught.value) in (
+        "top() expects the number of rows first, at least 0; got 'first'. For a metric, pass metric='name'.",
+        "The parts of the labels must be integers, as in grid(rows=0, cols=1); got 'first', 1. For a metric, pass "
+        "metric='name'.",
+    )

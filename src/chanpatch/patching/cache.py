@@ -83,6 +83,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def _site(self, key: Site | str | HookPoint) -> Site:
         if isinstance(key, Site) and key in self._parts:
             return key
+        if not isinstance(key, (str, Site, HookPoint)):
+            raise TypeError(f"A cache is indexed by a site, a hook point or a name; got {key!r}.")
         name = key if isinstance(key, str) else key.name
         names = self._matching(key) if isinstance(key, str) and is_pattern(key) else [name]
         held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]

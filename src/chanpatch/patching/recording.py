@@ -78,7 +78,8 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator would be empty later
+    # An iterator would be empty later.
+    chosen = sites if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
     return Opened(lambda: Recorder(points_or_model, chosen, reduce, where=where, **options))

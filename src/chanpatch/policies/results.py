@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ..errors import RolloutError
 from ..plots import survival
-from ..results import Effects, Records, columns, interval_notes, shown_effect
+from ..results import ROWS, Effects, Records, columns, interval_notes, largest_first, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
 from ..statistics.means import snapped
@@ -150,9 +150,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
         """Return the effects with 95% intervals over episodes. Episodes with the same seed form one cluster.
 
-        The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
-        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer than
-        six seeds are withheld.
+        The intervals hold jointly for all policies, which allows for the selection of rows by `top`. If the differences
+        are strongly skewed, too many intervals miss the true effect (see the page on statistics): measure selected rows
+        again with new seeds. As in `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked,
+        and intervals from fewer than six seeds are withheld.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -363,10 +364,12 @@ class SweptRollouts(PairedRollouts):
 
     def _lines(self) -> list[dict[str, Any]]:
         names = ("patched", "original", *(("rank", "p") if self.controls else ()))
+        records = [each for each in self.comparisons() if not each.get("control")]
+        if len(records) > ROWS:  # the table shows only the largest effects
+            records = [records[row] for row in largest_first([each["effect"] for each in records])]
         return [
             {"label": each["label"], **shown_effect("effect", each), **{name: each[name] for name in names}}
-            for each in self.comparisons()
-            if not each.get("control")
+            for each in records
         ]
 
     def _title(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from ..errors import SiteError
+from ..errors import SiteError, did_you_mean
 
 Index: TypeAlias = (
     "int | str | slice | Sequence[int] | Sequence[bool] | Sequence[str] | range | Tensor | np.ndarray[Any, Any]"
@@ -102,6 +102,21 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
         twice = next(position for position, times in Counter(chosen).items() if times > 1)
         raise ValueError(f"{axis} {twice} is listed twice")
     return chosen
+
+
+def advice(indexed: Sequence[str], axes: Sequence[str]) -> str:
+    """For an error message about indices, explain how to name missing axes, or how positions are counted."""
+    if any(axis not in axes and not did_you_mean(axis, axes) for axis in indexed):
+        return (
+            " To name or split axes, pass axes={...} to hook_points(); for a transformers model, pass "
+            "axes=chanpatch.huggingface.axes(model)."
+        )
+    if "position" in indexed and "position" in axes:
+        return (
+            " Positions are counted within one forward pass. With a key-value cache, later passes contain only the new "
+            "tokens."
+        )
+    return ""
 
 
 def shown(selection: Selection) -> str:

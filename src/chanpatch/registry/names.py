@@ -54,13 +54,22 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
     """Return the error message for a name that is not in `known`, such as the name of a weight or a misspelled name."""
     module, _, weight = name.rpartition(".")
+    known = list(known)
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
         return f"'{name}' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward()."
     from ..huggingface import own_name  # used only for this message
 
+    if name.endswith(("attn.hook_pattern", "attn.hook_attn_scores")):
+        return (
+            f"'{name}' is a name from TransformerLens. Here, the attention function computes this tensor. With "
+            "attn_implementation='eager', you can record the pattern as an output of the attention module. To patch "
+            "the pattern, call tap() in the attention function."
+        )
     if own := own_name(name, known):
         return f"'{name}' is a name from TransformerLens. In this model, the name is {own}."
-    return f"No hook point named '{name}'.{did_you_mean(name, known)}"
+    inside = [each for each in known if each.endswith(f".{name}")]
+    hint = f" Did you mean '{inside[0]}'?" if len(inside) == 1 else did_you_mean(name, known)
+    return f"No hook point named '{name}'.{hint}"
 
 
 def path_text(path: Path) -> str:
@@ -132,6 +141,7 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
         re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
+        f"**.{pattern}": "`**.` matches modules inside other modules.",
     }
     found = ((each, why, len(selected(each, names))) for each, why in like.items())
     return next(

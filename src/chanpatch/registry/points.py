@@ -286,6 +286,10 @@ def sites_of(
 ) -> tuple[Site, ...]:
     """Convert names, patterns, hook points or sites to checked sites, in order, without duplicates."""
     named: list[Site] = []
+    if not isinstance(sites, (str, Site, HookPoint, Iterable)):
+        raise TypeError(
+            f"sites= must be a name, a pattern, a site, a hook point or a list of these; got {type(sites).__name__}."
+        )
     for item in [sites] if isinstance(sites, (str, Site, HookPoint)) else sites:
         if isinstance(points_or_model, HookPoints) and isinstance(item, str) and is_pattern(item):
             named += map(Site, points_or_model.select(item))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engine.paths import Place, inside_vmap
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
 from ..views import View
-from .indices import Flags, Index, Labels, Selection, positions_in, selection_of, shown
+from .indices import Flags, Index, Labels, Selection, advice, positions_in, selection_of, shown
 
 Positions = Mapping[int, "slice | list[int] | Tensor"]
 Shape: TypeAlias = "tuple[int | None, ...]"
@@ -146,9 +146,8 @@ class Site:
                 hint = did_you_mean(axis, axes).strip().replace("Did", "did")
                 faults.append(f"there is no axis '{axis}'" + (f" ({hint})" if hint else ""))
                 continue
-            number = axes.index(axis)
             try:
-                chosen = positions_in(selection, lengths[number], axis)
+                chosen = positions_in(selection, lengths[number := axes.index(axis)], axis)
                 first, last = chosen[0], chosen[-1]
                 found[number] = slice(first, last + 1) if chosen == [*range(first, last + 1)] else chosen
             except ValueError as fault:
@@ -159,6 +158,7 @@ class Site:
             raise SiteError(
                 f"{self!r}: {'; '.join(faults)}; hook point '{self.name}' has axes ({', '.join(axes)})"
                 + (f" and {numbered}." if numbered else ".")
+                + advice([axis for axis, _ in self.indices], axes)
             )
         return found
 

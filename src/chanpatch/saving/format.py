@@ -75,8 +75,9 @@ def decoded(
     Each operand is moved to the device of its patch's hook point, or to the CPU if that device is unknown. The errors
     are the same as in `load`.
     """
-    safetensors, path = imported("safetensors"), regular(file)
+    path = regular(file)
     path.open("rb").close()  # if the file cannot be read, Python raises an error here
+    safetensors = imported("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as archive:
             text = (archive.metadata() or {}).get(_KEY)
@@ -115,7 +116,10 @@ def decoded(
     except InterventionError as fault:
         raise InterventionError(f"'{file}' {printable(str(fault))}") from None
     except Exception as fault:  # a damaged file can raise any error
-        raise InterventionError(f"'{file}' is damaged: {type(fault).__name__}: {printable(str(fault))}") from fault
+        raise InterventionError(
+            f"'{file}' is damaged, or is not a file from chanpatch.save(): {type(fault).__name__}: "
+            f"{printable(str(fault))}"
+        ) from fault
 
 
 def regular(file: str | os.PathLike[str]) -> Path:

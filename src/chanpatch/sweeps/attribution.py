@@ -177,8 +177,9 @@ def _attributed(
     labels = tuple(entry.label for entry in entries)
     known = drawn.any() and np.isfinite([effect[drawn], exact[drawn]]).all()
     correlation = rank_correlation(effect[drawn], exact[drawn]) if known else np.nan
+    sample, zeros = int(drawn.sum()), int((exact[drawn] == 0).sum())
     found = Attribution(
-        labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
+        labels, tuple(chosen), exact, drawn, correlation, sample, zeros, run.input_count, steps, _effect=effect
     )
     if fault := _poor_estimates(found, run):
         warnings.warn(fault, RuntimeWarning, stacklevel=4)  # so the warning points to the caller, not to the decorator

@@ -92,7 +92,8 @@ class SweepResult(Effects):
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
-        The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
+        The intervals hold jointly for all patches in the sweep, which allows for the selection of patches by `top`. If
+        the differences are strongly skewed, measure selected patches again on new inputs (see the page on statistics).
         Each interval contains the intervals from `chanpatch.statistics.mean_interval` and `max_t_test` for the given
         seed. Intervals from six to nine inputs are marked, and intervals from fewer than six inputs are withheld.
         Differences that are equal up to rounding error are treated as equal.
@@ -154,7 +155,7 @@ class SweepResult(Effects):
         return f"mean change ({inputs})"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        first = self._rows(np.arange(min(len(self), ROWS)))
+        first = self if len(self) <= ROWS else self.top(ROWS, next(iter(self.values)))
         records = [record for record in first.to_records() if not record.get("control")]
         head = ("label", "metric") if len(self.values) > 1 else ("label",)
         tail = ("patched", "baseline", *(("rank", "p") if self.controls else ()))
@@ -181,12 +182,24 @@ class SweepResult(Effects):
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
+        if unmoved := self._without_effect():
+            notes.append(
+                f"Every effect is exactly 0 at {', '.join(map(repr, unmoved))}. Either the patches do not change the "
+                "activation, or the model does not use this tensor."
+            )
         notes += reference_notes(patch for patches in self.patches for patch in patches)
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
             notes.append(f"{strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
         return notes
+
+    def _without_effect(self) -> list[str]:
+        """Return the names of the hook points at which no patch changed any metric on any input."""
+        moved = np.array([(self.differences(name) != 0).any(axis=1) for name in self.values]).any(axis=0)
+        names = [{patch.site.name for patch in patches} for patches in self.patches]
+        changed = set[str]().union(*(here for here, moves in zip(names, moved, strict=True) if moves))
+        return sorted(set[str]().union(*names) - changed)
 
     def _snapped(self, metric: str | None) -> Floats:
         """Return the differences without rounding error, transposed to shape `(input, patch)`."""
@@ -249,8 +262,10 @@ class Attribution(Effects):
         rank_correlation: Spearman correlation between the estimates and the exact effects in the random sample; NaN if
             the correlation is undefined, or if the sample contains fewer than three patches.
         sample: Number of patches in the random sample.
+        zeros: Number of patches in the random sample whose exact effect is 0.
         inputs: Number of inputs over which effects are averaged.
-        steps: Number of points on the line from the clean to the patched activation at which the gradient was computed.
+        steps: Number of points at which the gradient was computed, on the line from the unpatched to the patched
+            activation.
     """
 
     labels: tuple[Any, ...]
@@ -259,6 +274,7 @@ class Attribution(Effects):
     drawn: NDArray[np.bool_]
     rank_correlation: float
     sample: int
+    zeros: int
     inputs: int
     steps: int
     _effect: Floats
@@ -279,14 +295,15 @@ class Attribution(Effects):
         return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
 
     def _title(self) -> str:
-        how = "the clean run's gradient" if self.steps == 1 else f"gradients at {self.steps} steps"
+        how = "the unpatched run's gradient" if self.steps == 1 else f"gradients at {self.steps} steps"
         return f"{len(self)} patch{'es' * (len(self) != 1)}, effects estimated from {how}, {self.inputs} inputs"
 
     def _notes(self) -> list[str]:
         if not self.sample:
             return []
+        less = f", {self.zeros} of which are 0" if self.zeros else ""
         return [
-            f"Spearman rank correlation with the exact effects of {self.sample} random patches: "
+            f"Spearman rank correlation with the exact effects of {self.sample} random patches{less}: "
             f"{self.rank_correlation:.2f}"
         ]
 
