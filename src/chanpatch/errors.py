@@ -93,6 +93,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun, such as `"1 input"` or `"3 inputs"`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def in_one(faults: Sequence[object]) -> str:
     """Combine several error messages into one message; return a single message unchanged."""
     listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]

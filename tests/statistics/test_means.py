@@ -79,7 +79,7 @@ def test_clusters_of_several_sizes_have_the_robust_standard_error():
 @pytest.mark.parametrize(
     ("rows", "note"),
     [
-        ([1.0], "1 independent rows, fewer than 6"),
+        ([1.0], "1 independent row, fewer than 6"),
         (np.arange(5.0), "5 independent rows, fewer than 6"),
         (np.zeros(10), "fewer than 6 of the 10 rows have a nonzero value"),
         (np.r_[np.zeros(25), np.arange(1.0, 6)], "fewer than 6 of the 30 rows have a nonzero value"),

@@ -84,7 +84,7 @@ def test_a_channel_with_a_number_that_is_not_finite_has_no_ends_and_spoils_no_ot
     ("rows", "clusters", "note"),
     [
         (np.arange(5.0), None, "5 independent rows, fewer than 6"),
-        (np.arange(20.0), ["a"] * 20, "1 independent rows, fewer than 6"),
+        (np.arange(20.0), ["a"] * 20, "1 independent row, fewer than 6"),
         (np.full(20, 0.1), None, "every resample gives the same number"),
     ],
 )

@@ -137,7 +137,7 @@ def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
         errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one metric."
     ):
         result.effect()
-    with pytest.raises(errors.MetricError, match="There is no metric 'third'"):
+    with pytest.raises(errors.MetricError, match="This sweep has no metric 'third'"):
         result.effect("third")
     np.testing.assert_array_equal(result.effect("first"), swept(points).effect() * 0 + result.effect("first"))
 
@@ -147,7 +147,7 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
     assert result.values["metric"].shape == (8, 1)
     assert np.isnan(result.interval().low).all()
     assert "nan" not in repr(result)
-    assert "No interval (-): 1 independent rows, fewer than 6." in repr(result)
+    assert "No interval (-): 1 independent row, fewer than 6." in repr(result)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def used_by(*roots: Any) -> list[Any]:
 
 
 def parts_of_environments(envs: Any) -> Iterator[Any]:
-    """Yield the environments and all objects inside the environments. Yield modules, but not their contents."""
+    """Yield the environments and all objects inside them. Yield modules, but not their contents."""
     return _reachable([envs], lambda item: () if isinstance(item, nn.Module) else _stored_in(item))
 
 
@@ -234,7 +234,7 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names on which the given bytecode operations act, in a function's code and in nested functions."""
+    """Return the names that the given bytecode operations act on, in a function and in its nested functions."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]

@@ -200,7 +200,7 @@ class _Interventions:
         self._raise_nan()
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
-        """Apply each intervention's patches at a hook point to the rows of the activation with that intervention."""
+        """Apply each intervention's patches at a hook point to that intervention's rows of the activation."""
         axis: Any = point.tensor_batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...

@@ -220,7 +220,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tu
     """Run the model again with one more row, and return two dicts with the names of hook points as keys.
 
     The first dict contains the index of each hook point's batch axis. Hook points whose batch axis cannot be identified
-    are left out. The second dict contains the shapes in this second run. If the run fails, both dicts are empty.
+    are left out. The second dict contains the shapes from this run. If the run fails, both dicts are empty.
     """
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []

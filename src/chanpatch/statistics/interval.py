@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def too_few(independent: int, kind: str = "rows") -> str:
     nine, otherwise an empty string. `kind` is the noun for the rows in the note, such as `"clusters"`.
     """
     if independent < FEWEST:
-        return f"{independent} independent {kind}, fewer than {FEWEST}"
+        noun = re.sub(r"s\b", "", kind, count=1) if independent == 1 else kind
+        return f"{independent} independent {noun}, fewer than {FEWEST}"
     return "few" if independent < FEW else ""
 
 

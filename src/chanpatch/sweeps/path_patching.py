@@ -194,7 +194,7 @@ class Paths:
         return Grid(rows, cols, differences, result.effect_label)
 
     def _arrival(self, sender: Any, labels: Sequence[Any], held: Iterable[Site]) -> ActivationCache:
-        """Run the model on the clean inputs up to the last receiver with one of the labels, and record all receivers.
+        """Run the model on the clean inputs through the last receiver with a label in `labels`; record these receivers.
 
         In this run, the sender is patched with its corrupted activation, and the sites in `held` are frozen.
         """

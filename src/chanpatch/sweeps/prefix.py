@@ -71,7 +71,7 @@ class Prefix:
         self._model, self._snapshot = model, snapshot
         self._taps: Collection[str] = ()
         self._free_bytes, self._draws = 0, False
-        self.calls: list[Call] = []  # in the order in which the calls finished
+        self.calls: list[Call] = []  # in the order in which the calls have finished
         # For each call to a torch function: number of module calls finished before, bytes, and arithmetic operations.
         self.steps: list[tuple[int, int, float]] = []
         self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values

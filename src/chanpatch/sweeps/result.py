@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..channels import rounding
-from ..errors import MetricError, did_you_mean
+from ..errors import MetricError, counted, did_you_mean
 from ..labels import reference_notes
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, Grid, columns, interval_notes, more, shown_effect
@@ -151,7 +151,7 @@ class SweepResult(Effects):
     @property
     def effect_label(self) -> str:
         """Label of the effect axis in figures."""
-        inputs = " and ".join(f"{name}, {len(values)} inputs" for name, values in self.baseline.items())
+        inputs = " and ".join(f"{name}, {counted(len(values), 'input')}" for name, values in self.baseline.items())
         return f"mean change ({inputs})"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -169,13 +169,13 @@ class SweepResult(Effects):
         return lines, [*more(len(self) - len(first)), *notes, *self._notes()]
 
     def _title(self) -> str:
-        inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
+        inputs = " and ".join(f"{name} over {counted(len(values), 'input')}" for name, values in self.baseline.items())
         title = f"{len(self)} patch{'es' * (len(self) != 1)}, {inputs}"
         return title if self.complete else f"INTERRUPTED before all patches were run. {title}"
 
     def _notes(self) -> list[str]:
         notes = [
-            f"{name} is NaN on the unpatched output for {nan} of {len(before)} inputs."
+            f"{name} is NaN on the unpatched output for {nan} of {counted(len(before), 'input')}."
             for name, before in self.baseline.items()
             if (nan := int(np.isnan(before).sum()))
         ]
@@ -236,7 +236,7 @@ class SweepResult(Effects):
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
             raise MetricError(
-                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
+                f"This sweep has no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
                 f"{names}."
             )
         return name
@@ -287,7 +287,7 @@ class Attribution(Effects):
     @property
     def effect_label(self) -> str:
         """Label of the effect axis in figures."""
-        return f"estimated mean change, {self.inputs} inputs"
+        return f"estimated mean change, {counted(self.inputs, 'input')}"
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch: `label`, `effect` (estimated), `exact` (None if not measured) and `drawn`."""
@@ -296,7 +296,9 @@ class Attribution(Effects):
 
     def _title(self) -> str:
         how = "the unpatched run's gradient" if self.steps == 1 else f"gradients at {self.steps} steps"
-        return f"{len(self)} patch{'es' * (len(self) != 1)}, effects estimated from {how}, {self.inputs} inputs"
+        return (
+            f"{len(self)} patch{'es' * (len(self) != 1)}, effects estimated from {how}, {counted(self.inputs, 'input')}"
+        )
 
     def _notes(self) -> list[str]:
         if not self.sample:

@@ -84,7 +84,7 @@ def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any
 def from_pettingzoo(
     environment: Any, agent: str, others: Callable[[str, Any, Generator], Any]
 ) -> gymnasium.Env[Any, Any]:
-    """Convert a PettingZoo environment to a gymnasium environment for one agent. A function acts for all other agents.
+    """Convert a PettingZoo environment to a gymnasium environment for one agent. `others` acts for all other agents.
 
     If the agent's observation contains an `action_mask`, the infos contain the mask as well. For several
     sub-environments, pass `SyncVectorEnv([lambda: from_pettingzoo(make_environment(), agent, others)] * 8)` to the
