@@ -312,8 +312,8 @@ def coordinates(site: Site, point: HookPoint) -> HookPoint:
     axis, basis = site.basis.axis, site.basis.basis
     if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
         raise SiteError(
-            f"Coordinates need an axis of known length, but hook point '{point.name}' has no such axis '{axis}'. Its axes "
-            f"are ({', '.join(point.axes)}).{did_you_mean(axis, point.axes)}"
+            f"Coordinates need an axis of known length, but hook point '{point.name}' has no such axis '{axis}'. Its "
+            f"axes are ({', '.join(point.axes)}).{did_you_mean(axis, point.axes)}"
         )
     missing = [name for name in ("encode", "decode") if not callable(getattr(basis, name, None))]
     if missing:

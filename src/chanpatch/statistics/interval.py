@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic

@@ -236,8 +236,7 @@ class SweepResult(Effects):
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
             raise MetricError(
-                f"This sweep has no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
-                f"{names}."
+                f"This sweep has no metric {name!r}.{did_you_mean(str(name), self.values)} Its metrics are: {names}."
             )
         return name
 
