@@ -309,7 +309,7 @@ def check_repeats(
 
 
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether two decisions agree, up to rounding, in the first n rows, where n is the number of rows in `alone`.
+    """Return whether two decisions agree up to rounding in the first n rows, where n is the number of rows in `alone`.
 
     The compared numbers are the action values or, if there are none, the actions or the distribution's parameters.
     """
