@@ -28,6 +28,7 @@ OURS = tuple(
     f"{FOLDER}/{each}"
     for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/trace.py", "registry/points.py")
 )
+HAS_STANCES = hasattr(torch.compiler, "set_stance")  # torch 2.6 and later
 
 
 class Policy(nn.Module):
@@ -213,7 +214,7 @@ def left(case: Case) -> list[str]:
         "a method wrapper": {"act", "forward"} & {*vars(case.policy)},
         "gradients are off": not torch.is_grad_enabled(),
         "compiled code stays eager": [*hooks._eager, *hooks._stance],
-        "the stance": torch._dynamo.eval_frame._stance.stance != "default",
+        "the stance": HAS_STANCES and torch._dynamo.eval_frame._stance.stance != "default",
         "a lock": any(lock._is_owned() for lock in (state._ONE_AT_A_TIME, sessions._CHANGES)),
         "taps": [*calls._tap_observers, *(name for name, heard in calls._tap_sessions.items() if heard)],
         "a torch function mode": torch._C._len_torch_function_stack(),
@@ -225,7 +226,8 @@ def left(case: Case) -> list[str]:
 def heal() -> None:
     """Put globals back after a fault, so that it is counted once."""
     torch.set_grad_enabled(True)
-    torch.compiler.set_stance("default")
+    if HAS_STANCES:
+        torch.compiler.set_stance("default")
     for each in (hooks._eager, hooks._stance, calls._tap_observers, calls._tap_sessions):
         each.clear()
     for lock in (state._ONE_AT_A_TIME, sessions._CHANGES):

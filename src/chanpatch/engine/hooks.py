@@ -377,16 +377,21 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 and later
+
+
 def refuse_checkpoint(name: str) -> None:
     """Raise UnsupportedModelError if the patch at the hook point `name` runs inside `torch.utils.checkpoint`.
 
     The backward pass of a checkpoint reruns modules outside the root call.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _saved_tensor_hooks(True) if _saved_tensor_hooks else None
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
-    frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients
+    # Reentrant checkpointing disables gradients. Before torch 2.6, any checkpoint is recognized by its frame.
+    caller = "forward" if not torch.is_grad_enabled() else "" if _saved_tensor_hooks else "checkpoint"
+    frame = sys._getframe() if caller else None
     while frame is not None and not inside:
-        inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+        inside = frame.f_code.co_name == caller and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
         frame = frame.f_back
     if inside:
         raise UnsupportedModelError(

@@ -149,6 +149,13 @@ class Disabled(Held):
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and later
 
+
+def _is_fx_tracing() -> bool:
+    """Return what torch's accessor of that name returns, without its warning."""
+    of_thread = getattr(_symbolic_trace, "_get_is_fx_tracing", None)  # torch 2.14 and later
+    return of_thread() if of_thread else _symbolic_trace._is_fx_tracing_flag
+
+
 _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
@@ -213,7 +220,7 @@ class _TwinState(Patching):
     def on_begin(self, call: RootCall) -> None:
         """Raise an error if the twin and the policy no longer have the same weights, submodules and settings."""
         self.forget()
-        if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's own accessor logs a warning
+        if _is_fx_tracing() or _is_exporting():
             raise UnsupportedModelError(
                 "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
                 "patched(policy, patches): torch.export then keeps the patches."
