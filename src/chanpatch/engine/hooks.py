@@ -368,6 +368,7 @@ def _settle_stance() -> None:
 
 
 is_compiling = torch.compiler.is_dynamo_compiling  # looked up once, because every hook calls it
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 and later
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -375,9 +376,6 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
-
-
-_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 and later
 
 
 def refuse_checkpoint(name: str) -> None:
