@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .engine.inputs import batches, input_count
+from .engine.inputs import batches, copied_inputs, input_count
 from .engine.state import undisturbed
+from .engine.workers import cut, spread
 from .errors import ChanpatchError, ContrastError, SiteError
 from .patching.cache import ActivationCache
 from .patching.edits import check_mask
@@ -147,7 +150,8 @@ class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
     `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
-    tensor, the tensor has one row for each input, or a single row for all inputs.
+    tensor, the tensor has one row for each input, or a single row for all inputs. `known` contains results from
+    workers.
     """
 
     run: undisturbed
@@ -157,9 +161,50 @@ class Collector:
     batch_size: int
     error: type[ChanpatchError]
     where: Mask | None = None
+    known: Mapping[str, Sequence[dict[Site, Floats]]] = field(default_factory=dict)
+
+    def spread(
+        self,
+        executor: Executor | None,
+        named: Mapping[str, Any],
+        advance: Callable[[int], object] = lambda count: None,
+        *,
+        finite: bool = True,
+    ) -> Collector:
+        """Return a collector that contains the results for the named inputs, computed in workers.
+
+        Each part of the work consists of batches as `caches` would run them, so the results are identical. Do not call
+        this inside `run`, because threads wait for `run`. If `executor` is None, return this collector.
+        """
+        if executor is None:
+            return self
+        parts: list[Any] = []
+        for name, inputs in named.items():
+            each = [copied_inputs(*batch) for batch in self._batches(inputs)]
+            starts = [*itertools.accumulate(map(input_count, each), initial=0)]
+            numbered = [*zip(starts, each, strict=False)]
+            parts += [(name, part[0][0], [batch for _, batch in part]) for part in cut(numbered, executor)]
+        labels = [[f"{name}[{start}:{start + sum(map(input_count, part))}]"] for name, start, part in parts]
+        found: dict[int, list[dict[Site, Floats]]] = {}
+
+        def add(number: int, part: list[dict[Site, Floats]]) -> None:
+            found[number] = part
+            advance(len(part))
+
+        call = self.points, self.sites, self.reduce, self.batch_size, self.error, self.where, finite
+        spread(executor, _collected, call, parts, labels, add, model=self.points.model)
+        known = {
+            name: [batch for number in range(len(parts)) if parts[number][0] == name for batch in found[number]]
+            for name in named
+        }
+        return replace(self, known=known)
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
         """Run the model on each batch of inputs, and yield one cache per batch, with the activations on the CPU."""
+        yield from self._caches(self._batches(inputs))
+
+    def _batches(self, inputs: Any) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+        """Check the inputs, and return the arguments for each forward pass."""
         whole("batch_size", self.batch_size, 1, self.error)
         self._check_mask(inputs)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
@@ -170,9 +215,12 @@ class Collector:
             )
         proved = any(point.batch_axis is not None for point in taken)
         shared = {point.path: point.shape[0] or 0 for point in taken if proved and point.batch_axis is None}
+        return batches(inputs, self.batch_size, shared)
+
+    def _caches(self, forwards: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]], start: int = 0) -> Any:
+        """Yield one cache per forward pass. `start` is the index of the first input."""
         options: dict[str, Any] = {"double": self.reduce is not None, "device": "cpu", "stop": True}
-        start = 0
-        for arguments, keywords in self.run.apart(batches(inputs, self.batch_size, shared)):
+        for arguments, keywords in self.run.apart(forwards):
             recorder = Recorder(self.points, self.sites, self.reduce, where=self.where, first_row=start, **options)
             with torch.no_grad():
                 recorder.run_once(arguments, keywords)
@@ -194,7 +242,7 @@ class Collector:
 
     def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
         """Return each site's activations with shape `(input, channel)`; error messages call the inputs `name`."""
-        parts = [*self._parts(name, inputs, rows)]
+        parts = [*self.parts(name, inputs, rows)]
         return {site: np.concatenate([part[site] for part in parts]) for site in self.sites}
 
     def moments(
@@ -202,7 +250,7 @@ class Collector:
     ) -> dict[Site, Moments]:
         """Compute each site's moments over the background; raise `error` if there are fewer than two inputs."""
         moments = dict.fromkeys(self.sites, NO_MOMENTS)
-        for part in self._parts("background", background, sampled):
+        for part in self.parts("background", background, sampled):
             moments = {site: moments[site] + Moments.of(sample) for site, sample in part.items()}
         count = moments[self.sites[0]].count
         if count < 2:
@@ -211,14 +259,29 @@ class Collector:
             )
         return moments
 
-    def _parts(
-        self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats]
+    def parts(
+        self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats] = rows, *, finite: bool = True
     ) -> Iterator[dict[Site, Floats]]:
-        """Yield one dict per batch, from sites to activations; raise `error` if an activation is NaN or infinite."""
-        start = 0
-        for cache in self.caches(inputs):
+        """Yield one dict per batch, from sites to activations.
+
+        If `finite`, raise `error` if an activation is NaN or infinite.
+        """
+        if name in self.known:
+            return iter(self.known[name])
+        return self._sampled(name, self.caches(inputs), sampled, finite=finite)
+
+    def _sampled(
+        self,
+        name: str,
+        caches: Iterable[ActivationCache],
+        sampled: Callable[[ActivationCache, Site], Floats],
+        start: int = 0,
+        *,
+        finite: bool,
+    ) -> Iterator[dict[Site, Floats]]:
+        for cache in caches:
             part = {site: sampled(cache, site) for site in self.sites}
-            for site, sample in part.items():
+            for site, sample in part.items() if finite else ():
                 empty = False if cache.counts is None else (sampled(cache.counts, site) == 0)
                 for wrong in np.argwhere(empty)[:1].tolist():
                     raise self.error(
@@ -232,3 +295,17 @@ class Collector:
                     )
             start += len(part[self.sites[0]])
             yield part
+
+
+def _collected(call: Any, part: tuple[str, int, Any]) -> list[dict[Site, Floats]]:
+    """In a worker, collect the activations for one part of the inputs."""
+    (points, *settings, finite), (name, start, forwards) = call, part
+    with undisturbed(points.model) as run:
+        collector = Collector(run, points, *settings)
+        found = [*collector._sampled(name, collector._caches(forwards, start), rows, start, finite=finite)]
+        if start and run.has_drawn():
+            raise collector.error(
+                "The model draws random numbers, so its outputs depend on the batches before. Call model.eval(), or "
+                "omit executor=."
+            )
+    return found

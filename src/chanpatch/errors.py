@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class ChanpatchError(Exception):
@@ -65,6 +66,18 @@ class SweepError(ChanpatchError, ValueError):
 
 class RolloutError(ChanpatchError, ValueError):
     """Raised when a rollout cannot run with the given seeds, environments or policies."""
+
+
+class ExecutorError(ChanpatchError, RuntimeError):
+    """Raised when a call cannot be sent to an executor's workers, or when the executor loses workers.
+
+    Attributes:
+        lost: Labels of the results that were not computed.
+        partial: Result without the lost parts, or None.
+    """
+
+    lost: tuple[Any, ...] = ()
+    partial: Any = None
 
 
 class StatisticsError(ChanpatchError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def contrast(
     clusters: ArrayLike | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    executor: Executor | None = None,
 ) -> Contrast:
     """Measure how much each channel's activation differs between clean and corrupted inputs.
 
@@ -58,12 +60,15 @@ def contrast(
         clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
         seed: Random seed for the sign flips.
         batch_size: Number of inputs per forward pass.
+        executor: Executor whose workers share the batches, as for `sweep`. The result is identical. A background that
+            is an iterable is read in full first.
 
     Raises:
         HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.
         EditError: If `where` does not match a site's region.
         ContrastError: If clean and corrupted inputs do not form pairs, clusters do not match the pairs, the background
             is too small, an activation is not finite, or `where` selects nothing in an input.
+        ExecutorError: As for `sweep`, without `partial`.
 
     Example:
         >>> import torch
@@ -81,8 +86,11 @@ def contrast(
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
     labels = cluster_numbers(clusters, pair_count(clean, corrupted), ContrastError)
     chosen, skipped = _searched(points, sites, reduce, where)
-    with undisturbed(points.model) as run:
-        collect = Collector(run, points, chosen, reduce, batch_size, ContrastError, where)
+    run = undisturbed(points.model)
+    collect = Collector(run, points, chosen, reduce, batch_size, ContrastError, where)
+    named = {"clean": clean, "corrupted": corrupted} | ({} if background is None else {"background": background})
+    collect = collect.spread(executor, named)
+    with run:
         one = collect.samples("clean", clean)
         run.put_back()  # the clean and the corrupted run use the same initial state and random draws
         other = collect.samples("corrupted", corrupted)

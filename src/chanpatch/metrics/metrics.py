@@ -43,8 +43,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
     References:
         Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small".
     """
-    of_correct, of_incorrect = Choice("correct", correct), Choice("incorrect", incorrect)
-    return _metric("logit_difference", lambda logits: of_correct(logits) - of_incorrect(logits))
+    return _metric("logit_difference", _difference, Choice("correct", correct), Choice("incorrect", incorrect))
 
 
 def log_probability(actions: Actions) -> Metric:
@@ -56,7 +55,7 @@ def log_probability(actions: Actions) -> Metric:
         >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
         tensor([0.5000])
     """
-    return _metric("log_probability", Choice("actions", actions))
+    return _metric("log_probability", _log_probability, Choice("actions", actions))
 
 
 def action_probability(actions: Actions) -> Metric:
@@ -68,8 +67,7 @@ def action_probability(actions: Actions) -> Metric:
         >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
         tensor([0.7500])
     """
-    chosen = Choice("actions", actions)
-    return _metric("action_probability", lambda logits: chosen(logits).exp())
+    return _metric("action_probability", _probability, Choice("actions", actions))
 
 
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
@@ -194,28 +192,8 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
     numbers = position.tolist() if isinstance(position, Tensor) else [position]
     if not numbers or not all(type(number) is int for number in numbers):
         raise MetricError(f"position must be an int or an int64 tensor of shape (batch,); got {shown(position)}.")
-
-    def selected(output: Any) -> Tensor:
-        logits = logits_of(output)
-        if logits.dim() != 3:
-            raise MetricError(
-                f"The logits in the output have shape {tuple(logits.shape)}, but must have axes (batch, position, "
-                "action)."
-            )
-        inputs, length, _ = logits.shape
-        if not -length <= min(numbers) <= max(numbers) < length:
-            raise MetricError(f"position is {shown(position)}, but the output has positions 0 to {length - 1}.")
-        if isinstance(position, int):
-            return logits[:, position]
-        if len(numbers) != inputs:
-            raise MetricError(f"position has {len(numbers)} entries for {inputs} inputs. Pass one position per input.")
-        return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
-
-    @functools.wraps(metric)  # keeps the signature, in which compares() looks for `baseline`
-    def there(output: Any, **baseline: Any) -> Tensor:
-        return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})
-
-    return there
+    # update_wrapper keeps the signature, in which compares() looks for `baseline`.
+    return functools.update_wrapper(functools.partial(_there, metric, position, numbers), metric)
 
 
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
@@ -252,21 +230,53 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
             f"The metric's mean is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
             "difference to normalize by. Choose different inputs or a different metric."
         )
-
-    def normalized_effect(output: Any) -> Tensor:
-        return (metric(output) - zero) / (one - zero)
-
-    return normalized_effect
+    return _metric("normalized_effect", _normalized, metric, zero, one)
 
 
-def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies `compute` to an output's normalized logits. `name` becomes the metric's name."""
-
-    def metric(output: Any) -> Tensor:
-        return compute(_log_probabilities(output))
-
-    metric.__name__ = name
+def _metric(name: str, compute: Callable[..., Tensor], *settings: Any) -> Metric:
+    """Return the metric `compute(*settings, output)`, which can be pickled. `name` becomes the metric's name."""
+    metric = functools.partial(compute, *settings)
+    vars(metric)["__name__"] = name
     return metric
+
+
+def _difference(correct: Choice, incorrect: Choice, output: Any) -> Tensor:
+    logits = _log_probabilities(output)
+    return correct(logits) - incorrect(logits)
+
+
+def _log_probability(chosen: Choice, output: Any) -> Tensor:
+    return chosen(_log_probabilities(output))
+
+
+def _probability(chosen: Choice, output: Any) -> Tensor:
+    return chosen(_log_probabilities(output)).exp()
+
+
+def _normalized(metric: Metric, zero: Tensor, one: Tensor, output: Any) -> Tensor:
+    return (metric(output) - zero) / (one - zero)
+
+
+def _there(metric: Metric, position: int | Tensor, numbers: Sequence[int], output: Any, **baseline: Any) -> Tensor:
+    """Apply a metric at one position of an output and, if the metric uses a baseline, of the baseline."""
+
+    def selected(output: Any) -> Tensor:
+        logits = logits_of(output)
+        if logits.dim() != 3:
+            raise MetricError(
+                f"The logits in the output have shape {tuple(logits.shape)}, but must have axes (batch, position, "
+                "action)."
+            )
+        inputs, length, _ = logits.shape
+        if not -length <= min(numbers) <= max(numbers) < length:
+            raise MetricError(f"position is {shown(position)}, but the output has positions 0 to {length - 1}.")
+        if isinstance(position, int):
+            return logits[:, position]
+        if len(numbers) != inputs:
+            raise MetricError(f"position has {len(numbers)} entries for {inputs} inputs. Pass one position per input.")
+        return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
+
+    return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})
 
 
 def _log_probabilities(output: Any) -> Tensor:

@@ -28,7 +28,7 @@ from .checks import check_repeats, check_rows, checked_policy, method_of, noted_
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, allowed_actions, check_outputs, decision_in, output_of
-from .log import Log, Options, rows_of_observations
+from .log import Log, Options, by_repetition, rows_of_observations
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state
 
@@ -57,7 +57,8 @@ def play(
 
     Before each forward pass, `around` receives the repetition number of each row, as int64 with shape `(row,)`. The
     forward pass runs inside the context manager that `around` returns. `label` is the policy's name in paired rollouts,
-    and None in other rollouts.
+    and None in other rollouts. If `options.part` is given, only that part is played, and the result is
+    one rollout of its plays.
     """
     check_outputs(options.outputs)
     refuse_replaced(policy, options.masks, envs)
@@ -69,7 +70,7 @@ def play(
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     log = Log(seeds, options, times, label)
     whole("max_steps", options.max_steps, 1, RolloutError)
-    waves = range(0, log.plays, envs.num_envs)
+    waves = range(log.part.start, log.part.stop, envs.num_envs)
     held, *state = held_state(policy, envs)
     bar = progress_bar(options.progress, len(waves) * options.max_steps, "step")
     with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
@@ -80,8 +81,9 @@ def play(
             check = functools.partial(check_repeats, noted_logs(policy), run, again)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier episodes
-            player.play(np.arange(start, min(start + envs.num_envs, log.plays)), advance, check)
-    return log.rollouts()
+            player.play(np.arange(start, min(start + envs.num_envs, log.part.stop)), advance, check)
+    played = log.played()
+    return [*by_repetition({log.part: played}, log.episodes).values()] if options.part is None else [played]
 
 
 class _Player:

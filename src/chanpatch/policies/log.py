@@ -12,10 +12,12 @@ from ..errors import RolloutError
 from ..statistics.interval import whole
 from .actions import draw_streams, repetitions
 from .decisions import Masks, Outputs
-from .results import Rollout
+from .results import Rollout, concatenated
 
 InitialState: TypeAlias = Callable[[int], Any]
 _OBSERVATIONS, _STATE = "observations", "final_state"  # names in `keep` that do not refer to infos
+_COLUMNS = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen", "rewards")
+_INFOS = "infos"  # in the settings of `Log.played`: names of the infos from the environments
 
 
 class Options(NamedTuple):
@@ -29,6 +31,7 @@ class Options(NamedTuple):
     initial_state: InitialState | None
     progress: bool | None
     keep: Sequence[str] = ()
+    part: range | None = None  # the plays to run in this process; None for all plays
 
 
 class Log:
@@ -47,6 +50,7 @@ class Log:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
         self.seeds = tuple(checked * times)
+        self.part = range(self.plays) if options.part is None else options.part
         self._options = options
         self.published = {
             "label": label,
@@ -108,29 +112,46 @@ class Log:
         if _STATE in self._kept:
             self._kept[_STATE][play] = state
 
-    def rollouts(self) -> list[Rollout]:
-        """Return one rollout per repetition of the episodes."""
+    def played(self) -> Rollout:
+        """Return one rollout of all plays in this process; its settings include the names of the infos."""
         self.actions, self.seen, self.rewards = map(_by_play, (self.taken, self.checked, self.gained))
         self.lengths = np.array([*map(len, self.actions)])
-        columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen", "rewards")
         settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
-        settings["masked"] = self._options.masks is not None
-        for name in sorted(self._infos):
-            if all(each is None for values in self._kept[name] for each in values):
-                raise RolloutError(
-                    f"keep contains {name!r}, but the infos contain {', '.join(sorted(self._known_infos)) or 'nothing'}"
-                    f". Pass names of infos, '{_OBSERVATIONS}' or '{_STATE}'."
-                )
-        kept = {name: each if name == _STATE else [*map(_stacked, each)] for name, each in self._kept.items()}
-        cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
-        return [
-            Rollout(
-                **{name: getattr(self, name)[cut] for name in columns},
-                settings=settings,
-                kept={name: tuple(each[cut]) for name, each in kept.items()},
+        settings |= {"masked": self._options.masks is not None, _INFOS: self._known_infos}
+        cut = slice(self.part.start, self.part.stop)
+        kept = {name: each[cut] for name, each in self._kept.items()}
+        return Rollout(
+            **{name: getattr(self, name)[cut] for name in _COLUMNS},
+            settings=settings,
+            kept={name: tuple(each if name == _STATE else map(_stacked, each)) for name, each in kept.items()},
+        )
+
+
+def by_repetition(parts: Mapping[range, Rollout], episodes: int, *, complete: bool = True) -> dict[int, Rollout]:
+    """Join ranges of plays, and return one rollout per repetition of the episodes, by the number of the repetition.
+
+    If `complete`, leave out repetitions with fewer episodes.
+    """
+    for name in sorted(next(iter(parts.values())).kept.keys() - {_OBSERVATIONS, _STATE}):
+        if all(each is None for played in parts.values() for values in played.kept[name] for each in values):
+            known = sorted(set[str]().union(*(played.settings[_INFOS] for played in parts.values())))
+            raise RolloutError(
+                f"keep contains {name!r}, but the infos contain {', '.join(known) or 'nothing'}. Pass names of infos, "
+                f"'{_OBSERVATIONS}' or '{_STATE}'."
             )
-            for cut in cuts
-        ]
+    found: dict[int, Rollout] = {}
+    for plays, played in parts.items():
+        settings = {name: value for name, value in played.settings.items() if name != _INFOS}
+        for number in range(plays.start // episodes, (plays.stop - 1) // episodes + 1):
+            first = number * episodes - plays.start
+            cut = slice(max(first, 0), first + episodes)
+            piece = Rollout(
+                **{name: getattr(played, name)[cut] for name in _COLUMNS},
+                settings=settings,
+                kept={name: each[cut] for name, each in played.kept.items()},
+            )
+            found[number] = concatenated(found[number], piece) if number in found else piece
+    return {number: each for number, each in found.items() if len(each) == episodes or not complete}
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:

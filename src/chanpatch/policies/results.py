@@ -69,8 +69,7 @@ class Rollout(Records):
         if not isinstance(other, Rollout):
             return NotImplemented
         _check_parts(self, other)
-        parts = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
-        return Rollout(**{name: one if name == "settings" else _joined(one, two) for name, one, two in parts})
+        return concatenated(self, other)
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per episode, with keys seed, return, length, terminated and truncated."""
@@ -259,6 +258,12 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
             original=[float(self._original.returns.mean())] * len(others),
             n=map(len, others.values()),
         )
+
+
+def concatenated(one: Rollout, other: Rollout) -> Rollout:
+    """Join two rollouts with the settings of the first."""
+    parts = [(each.name, getattr(one, each.name), getattr(other, each.name)) for each in fields(one)]
+    return Rollout(**{name: one if name == "settings" else _joined(one, two) for name, one, two in parts})
 
 
 def _joined(one: Any, other: Any) -> Any:

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,12 +29,13 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import Coordinates, HookPoint, Site, no_batch
-from .checks import SharedState, checked_envs, method_of, refuse_environments_by_rows
+from .checks import SharedState, method_of, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, play, rows_of, state_batch_axes
-from .log import InitialState, Options
-from .results import ORIGINAL, SweptRollouts
+from .log import InitialState, Options, by_repetition
+from .parts import opened, played_in_workers
+from .results import ORIGINAL, Rollout, SweptRollouts
 from .stable_baselines import as_in_predict, lstm_state, policy_of
 from .twin import PatchedPolicy
 
@@ -53,6 +55,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     initial_state: InitialState | None = None,
     check_nan: bool = True,
     keep: Sequence[str] = (),
+    executor: Executor | None = None,
     progress: bool | None = None,
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each of several labeled sets of patches, in the same episodes.
@@ -73,8 +76,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         controls: Control patches, in the same format as `patches`. The effects are ranked among the effects of the
             controls. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
-        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, progress: Same as in
-            `rollout`.
+        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, executor, progress: Same as
+            in `rollout`. If workers are lost, ExecutorError's `partial` contains the labels whose episodes have all
+            finished, or is None if the unpatched policy is not among them.
 
     Returns:
         Mapping from labels to rollouts. The first label is `"original"`, for the unpatched policy. `comparisons()`
@@ -97,9 +101,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
-    policy, envs = policy_of(policy), checked_envs(envs)
-    if initial_state is None:
-        initial_state = lstm_state(model_of(policy))
+    policy = policy_of(policy)
     asked = labelled_patches(patches, "patches", RolloutError)
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
     both = [*asked, *others]
@@ -109,23 +111,49 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
                 f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use a different label."
             )
     refuse_shared_state(both)
-    refuse_environments_by_rows([*patches_inside(policy), *(patch for _, each in both for patch in each)], envs)
     _check_independent(model_of(policy))
-    state_axes = {} if initial_state is None else state_batch_axes(initial_state)
-    interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
-    twin = method_of(interventions.twin, policy)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first run
     options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
-    run, again = (
-        functools.partial(play, twin, envs, seeds, options, times=1 + len(both), around=around)
-        for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
-    )
-    shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in both}}, envs)
-    played = shared.checked("of the sweep", run, again)
-    rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
-    ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
-    remarks = reference_notes(patch for _, each in [*asked, *others] for patch in each)
-    return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()), remarks=tuple(remarks))
+    labels = (ORIGINAL, *(label for label, _ in both))
+    lost = None
+    if executor is None:
+        played = dict(enumerate(_played((policy, both, envs, seeds, options, check_nan))))
+    else:
+        call = policy, both, envs, seeds, options._replace(progress=False), check_nan
+        found, lost = played_in_workers(executor, _played, call, envs, seeds, options, policy=policy, labels=labels)
+        played = by_repetition({plays: part for plays, (part,) in found.items()}, len(seeds))
+        if lost and 0 not in played:
+            raise lost
+    rollouts = {label: played[number] for number, label in enumerate(labels[: 1 + len(asked)]) if number in played}
+    ranked = {labels[number]: played[number] for number in sorted(played) if number > len(asked)} or None
+    remarks = reference_notes(patch for _, each in both for patch in each)
+    result = SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()), remarks=tuple(remarks))
+    if lost:
+        lost.partial = result
+        raise lost
+    return result
+
+
+def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None = None) -> list[Rollout]:
+    """Play all episodes under each label or, in a worker, one part of these plays."""
+    policy, both, envs, seeds, options, check_nan = call
+    if options.initial_state is None:
+        options = options._replace(initial_state=lstm_state(model_of(policy)))
+    state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
+    with opened(envs) as vector:
+        every = (patch for _, each in both for patch in each)
+        refuse_environments_by_rows([*patches_inside(policy), *every], vector)
+        interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
+        twin = method_of(interventions.twin, policy)
+        run, again = (
+            functools.partial(
+                play, twin, vector, seeds, options._replace(part=part), times=1 + len(both), around=around
+            )
+            for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
+        )
+        shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in both}}, vector)
+        rollouts: list[Rollout] = shared.checked("of the sweep", run, again)
+        return rollouts
 
 
 def _check_independent(model: nn.Module) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from ..errors import RolloutError
 from ..labels import reference_notes, refuse_shared_state
-from .checks import SharedState, check_equal, check_modes, checked_envs, refuse_environments_by_rows
+from .checks import SharedState, check_equal, check_modes, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import play
-from .log import InitialState, Options
+from .log import InitialState, Options, by_repetition
+from .parts import opened, played_in_workers
 from .results import PairedRollouts, Rollout
 from .stable_baselines import policy_of
 
@@ -30,6 +32,7 @@ def rollout(
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
     keep: Sequence[str] = (),
+    executor: Executor | None = None,
     progress: bool | None = None,
 ) -> Rollout:
     """Play one episode per seed.
@@ -63,7 +66,8 @@ def rollout(
         envs: Environment from gymnasium; vector environment from gymnasium, in any autoreset mode; VecEnv from
             Stable-Baselines3; or procgen environment, in which each seed is a level. Some vector environments, such as
             the default from `make_vec` for CartPole, accept only one seed for all rows. Such an environment is replaced
-            by one copy per row. See also `from_gym3` and `from_pettingzoo`.
+            by one copy per row. See also `from_gym3` and `from_pettingzoo`. Also a function without arguments that
+            creates the environments, which the rollout then closes.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
@@ -81,6 +85,9 @@ def rollout(
             axis, whose length is the number of rows.
         keep: Names of data to keep in `Rollout.kept`: `"observations"`, `"final_state"` (only for a recurrent policy),
             and names of infos.
+        executor: Executor whose workers share the episodes, such as a `ProcessPoolExecutor` that spawns its workers or
+            dask's `client.get_executor()`. Then `envs` must be a function that creates environments. Each worker plays
+            `num_envs` episodes at a time, and the results are the same as without an executor.
         progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
@@ -89,6 +96,8 @@ def rollout(
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
         RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid. Also if a
             module such as dropout is in training mode in a twin but not in the original policy, or vice versa.
+        ExecutorError: If a function cannot be sent to workers, or if workers are lost. In the second case, `partial`
+            contains the finished episodes, and the same call with a new executor plays only the others.
 
     Example:
         >>> import gymnasium, torch
@@ -102,11 +111,26 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
-    policy, envs = policy_of(policy), checked_envs(envs)
-    check_modes({"": policy})
-    refuse_environments_by_rows(patches_inside(policy), envs)
+    policy, seeds = policy_of(policy), [*seeds] if isinstance(seeds, Iterable) else seeds
     options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
-    return play(policy, envs, seeds, options)[0]
+    if executor is None:
+        return _played((policy, envs, seeds, options))
+    call = policy, envs, seeds, options._replace(progress=False)
+    parts, lost = played_in_workers(executor, _played, call, envs, seeds, options, policy=policy)
+    played = by_repetition(parts, len(seeds), complete=False)[0]
+    if lost:
+        lost.partial = played
+        raise lost
+    return played
+
+
+def _played(call: tuple[Any, Any, Any, Options], part: range | None = None) -> Rollout:
+    """Play all episodes of one policy or, in a worker, one part of the episodes."""
+    policy, envs, seeds, options = call
+    check_modes({"": policy})
+    with opened(envs) as vector:
+        refuse_environments_by_rows(patches_inside(policy), vector)
+        return play(policy, vector, seeds, options._replace(part=part))[0]
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
@@ -121,6 +145,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
     keep: Sequence[str] = (),
+    executor: Executor | None = None,
     progress: bool | None = None,
 ) -> PairedRollouts:
     """Roll out several policies, one after another, in the same episodes and with the same random numbers.
@@ -131,8 +156,8 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             the others.
         outputs: Meaning of tensors that policies return, as in `rollout`: one string for all policies, or a dict that
             maps policies' names to strings.
-        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, keep, progress: Same as in `rollout`, for
-            all policies.
+        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, keep, executor, progress: Same as in
+            `rollout`, for all policies.
 
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as dropout is in
@@ -158,8 +183,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             'policies must map names to policies, as in {"original": policy, "patched": twin}; '
             f"got {type(policies).__name__}."
         )
-    policies, envs = {name: policy_of(policy) for name, policy in policies.items()}, checked_envs(envs)
-    check_modes(policies)
+    policies = {name: policy_of(policy) for name, policy in policies.items()}
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
         raise RolloutError(
@@ -167,18 +191,40 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         )
     options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
-    patches = {name: patches_inside(policy) for name, policy in policies.items()}
-    refuse_shared_state(patches.items())
-    refuse_environments_by_rows([patch for own in patches.values() for patch in own], envs)
-    shared = SharedState({name: [policy, *functions_of(patches[name])] for name, policy in policies.items()}, envs)
-    rollouts = {}
-    for name, policy in policies.items():
-        own = options._replace(outputs=each.get(name))
-        run = functools.partial(play, policy, envs, seeds, own, label=name)
-        (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
-    remarks = reference_notes(patch for own in patches.values() for patch in own)
+    lost = None
+    if executor is None:
+        rollouts = _played_by_each((policies, envs, seeds, options, each))
+    else:
+        call = policies, envs, seeds, options._replace(progress=False), each
+        first = next(iter(policies.values()))
+        parts, lost = played_in_workers(executor, _played_by_each, call, envs, seeds, options, policy=first)
+        own = {name: {plays: part[name] for plays, part in parts.items()} for name in policies}
+        rollouts = {name: by_repetition(own[name], len(seeds), complete=False)[0] for name in policies}
+    remarks = reference_notes(patch for policy in policies.values() for patch in patches_inside(policy))
     pairs = PairedRollouts(rollouts, remarks=tuple(remarks))
     for one, other in itertools.combinations(policies, 2):
         if policies[one] is policies[other] and each.get(one) == each.get(other):
             check_equal(one, other, rollouts)
+    if lost:
+        lost.partial = pairs
+        raise lost
     return pairs
+
+
+def _played_by_each(call: tuple[Any, Any, Any, Options, Any], part: range | None = None) -> dict[str, Rollout]:
+    """Play all episodes with each policy or, in a worker, one part of the episodes."""
+    policies, envs, seeds, options, outputs = call
+    check_modes(policies)
+    patches = {name: patches_inside(policy) for name, policy in policies.items()}
+    refuse_shared_state(patches.items())
+    rollouts = {}
+    with opened(envs) as vector:
+        refuse_environments_by_rows([patch for own in patches.values() for patch in own], vector)
+        shared = SharedState(
+            {name: [policy, *functions_of(patches[name])] for name, policy in policies.items()}, vector
+        )
+        for name, policy in policies.items():
+            own = options._replace(outputs=outputs.get(name), part=part)
+            run = functools.partial(play, policy, vector, seeds, own, label=name)
+            (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
+    return rollouts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Executor
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..channels import Collector, channel_axis, check_leaves_channels, rows
+from ..channels import Collector, channel_axis, check_leaves_channels
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
@@ -27,6 +28,7 @@ def channel_sums(
     reduce: Reduce = "sum",
     where: Mask | None = None,
     batch_size: int = 64,
+    executor: Executor | None = None,
 ) -> NDArray[np.float64]:
     """Sum each channel over its positions, for every input; the result has shape `(input, channel)`.
 
@@ -42,12 +44,15 @@ def channel_sums(
         where: Elements to reduce, as in `recording`; a mask has one row per input or a single row. A sum over no
             elements is NaN.
         batch_size: Number of inputs per forward pass. Batches from an iterable are not split.
+        executor: Executor whose workers share the batches, as for `sweep`. The result is identical. An iterable is read
+            in full first.
 
     Raises:
         HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
         EditError: If `where` does not match the site's region.
         ProbeError: If the site has no channels or an unknown batch axis, there are no inputs, or the first axis of the
             inputs is not the batch axis.
+        ExecutorError: As for `sweep`, without `partial`.
 
     Example:
         >>> import torch
@@ -63,11 +68,15 @@ def channel_sums(
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)
-    parts: list[NDArray[np.float64]] = []
-    with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
-        for cache in Collector(run, points, [bound], reduce, batch_size, ProbeError, where).caches(inputs):
-            parts.append(rows(cache, bound))
-            advance(1)
+    run = undisturbed(points.model)
+    with progress_bar(None, None, "batch") as advance:
+        collect = Collector(run, points, [bound], reduce, batch_size, ProbeError, where)
+        collect = collect.spread(executor, {"inputs": inputs}, advance, finite=False)
+        parts: list[NDArray[np.float64]] = []
+        with run:
+            for part in collect.parts("inputs", inputs, finite=False):
+                parts.append(part[bound])
+                advance(executor is None)
     if not parts:
         raise ProbeError("inputs is empty: pass at least one input.")
     return np.concatenate(parts)

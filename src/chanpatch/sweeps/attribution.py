@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
-from ..errors import MetricError, SiteError, SweepError
+from ..engine.workers import cut, spread
+from ..errors import ExecutorError, MetricError, SiteError, SweepError
 from ..labels import Patches
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
@@ -37,6 +39,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     steps: int = 1,
     verify: int = 16,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool | None = None,
     **keywords: Any,
 ) -> Attribution:
@@ -61,11 +64,13 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         verify: Number of patches to verify by forward passes. The patches with the largest absolute estimates are
             verified, and also the same number of randomly drawn patches.
         seed: Random seed for drawing the patches to verify.
+        executor: Executor whose workers verify the patches, as for `sweep`. The estimates are computed in your process.
 
     Raises:
         SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
         HookPointError, SiteError: If a site does not exist, or if the activation at a site is not floating-point.
         MetricError: If the metric has no gradient, or does not return a tensor with shape `(batch,)`.
+        ExecutorError: As for `sweep`. In `partial`, the exact effects that were not measured are NaN.
 
     Warns:
         RuntimeWarning: If the model modifies a patched activation in place and also reads this activation elsewhere, or
@@ -88,7 +93,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         attribution for deep networks", for integrated gradients.
     """
     points = traced(points_or_model, inputs, keywords)
-    return _attributed(points, (inputs, keywords), patches, None, metric, steps, verify, seed, progress)
+    return _attributed(points, (inputs, keywords), patches, None, metric, steps, verify, seed, executor, progress)
 
 
 @torch.inference_mode(mode=False)
@@ -104,6 +109,7 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     steps: int = 1,
     verify: int = 16,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool | None = None,
 ) -> Attribution:
     """Estimate from gradients the effect along the edge from each sender to each receiver (edge attribution patching).
@@ -121,7 +127,7 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     Args:
         points_or_model, clean, corrupted, senders, receivers, frozen: Same as in `path_patch` with many senders, except
             that each label in `receivers` must map to a single hook point.
-        metric, steps, verify, seed, progress: Same as in `attribution`.
+        metric, steps, verify, seed, executor, progress: Same as in `attribution`.
 
     References:
         Syed, Rager and Conmy 2023, "Attribution patching outperforms automated circuit discovery"; Hanna, Pezzelle and
@@ -131,11 +137,21 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     paths = Paths(points, clean, corrupted, senders, receivers, frozen)
     patches = {pair: paths.patches(pair[1], cache) for pair, cache in paths.received().items()}
     ends = paths.corrupted.until([points.site(patch.site.name) for each in patches.values() for patch in each])
-    return _attributed(points, paths.forward.inputs, patches, ends, metric, steps, verify, seed, progress)
+    inputs = paths.forward.inputs
+    return _attributed(points, inputs, patches, ends, metric, steps, verify, seed, executor, progress)
 
 
 def _attributed(
-    points: HookPoints, inputs: Any, patches: Any, ends: Any, metric: Any, steps: int, verify: int, seed: int, bar: Any
+    points: HookPoints,
+    inputs: Any,
+    patches: Any,
+    ends: Any,
+    metric: Any,
+    steps: int,
+    verify: int,
+    seed: int,
+    executor: Executor | None,
+    bar: Any,
 ) -> Attribution:
     """Estimate the effects of patches from gradients.
 
@@ -169,21 +185,43 @@ def _attributed(
             for row in rows:
                 positions, difference = changes[row]
                 effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.input_count
-        to_verify = {*largest_first(effect)[:verify], *np.flatnonzero(drawn)}
+        labels = tuple(entry.label for entry in entries)
+        to_verify = [*{*largest_first(effect)[:verify].tolist(), *np.flatnonzero(drawn).tolist()}]
         advance(verified - len(to_verify))  # drawn patches may also be among the largest
-        for row in to_verify:
-            exact[row] = run.exact(chosen[row])
-            advance(1)
-    labels = tuple(entry.label for entry in entries)
+        parts = [[row] for row in to_verify] if executor is None else cut(to_verify, executor)
+        lost: ExecutorError | None = None
+
+        def add(number: int, found: list[float]) -> None:
+            exact[parts[number]] = found
+            advance(len(found))
+
+        if executor is None:
+            for number, (row,) in enumerate(parts):
+                add(number, [run.exact(chosen[row])])
+        else:
+            sent, named = ([[each[row] for row in part] for part in parts] for each in (chosen, labels))
+            try:
+                spread(executor, _exact, (points, inputs, metric), sent, named, add, model=points.model)
+            except ExecutorError as error:
+                lost = error
     known = drawn.any() and np.isfinite([effect[drawn], exact[drawn]]).all()
     correlation = rank_correlation(effect[drawn], exact[drawn]) if known else np.nan
     sample, zeros = int(drawn.sum()), int((exact[drawn] == 0).sum())
     found = Attribution(
         labels, tuple(chosen), exact, drawn, correlation, sample, zeros, run.input_count, steps, _effect=effect
     )
+    if lost:
+        lost.partial = found
+        raise lost
     if fault := _poor_estimates(found, run):
         warnings.warn(fault, RuntimeWarning, stacklevel=4)  # so the warning points to the caller, not to the decorator
     return found
+
+
+def _exact(call: tuple[HookPoints, Any, Metric], patches: Sequence[Patch]) -> list[float]:
+    """In a worker, return the mean change in the metric for each patch."""
+    run = _Runs(*call)
+    return [run.exact(patch) for patch in patches]
 
 
 def _only_patch(entry: Entry, points: HookPoints) -> Patch:

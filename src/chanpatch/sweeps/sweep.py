@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.paths import get
-from ..errors import MetricError, SweepError
+from ..engine.workers import cut, spread
+from ..errors import ExecutorError, MetricError, SweepError
 from ..labels import Patches, no_p_among
 from ..metrics.measured import Metric, Metrics
 from ..registry.points import HookPoints, traced
 from ..results import progress_bar
 from .plan import Entry, Forward, clean_run, entries_of
-from .result import SweepInterrupted, SweepResult
+from .result import SweepInterrupted, SweepResult, Swept
 from .strategies import Execution, Strategy
 
 
@@ -31,6 +33,7 @@ def sweep(
     strategy: Strategy = "auto",
     max_bytes: int = 2**28,
     check_nan: bool = True,
+    executor: Executor | None = None,
     progress: bool | None = None,
     **keywords: Any,
 ) -> SweepResult:
@@ -58,6 +61,8 @@ def sweep(
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
+        executor: Executor whose workers share the patches, such as a `ProcessPoolExecutor` that spawns its workers or
+            dask's `client.get_executor()`. Objects that your functions modify are copies in the workers.
         progress: Whether to show a progress bar. None shows a bar on a terminal or in a notebook if tqdm is installed.
         keywords: Keyword inputs to the model.
 
@@ -66,6 +71,8 @@ def sweep(
         SweepError: If there are no patches, if two share a label, if `max_bytes` is invalid, or if the strategy fails.
         MetricError: If a metric returns neither one number per input nor a single number.
         EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
+        ExecutorError: If a function cannot be sent to workers, or if workers are lost. In the second case, `partial`
+            contains the result for the finished patches, and the same call with a new executor runs only the others.
         SweepInterrupted: On Ctrl-C; the exception contains the result for the finished patches.
 
     Example:
@@ -87,23 +94,82 @@ def sweep(
         raise SweepError(f"max_bytes must be a positive integer, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
-        forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
-        store = strategy != "loop" and (strategy != "auto" or forward.is_heavy())
-        output, groups, seen = clean_run(
-            forward, [*asked, *others], 0 if strategy == "loop" else max_bytes, store=store
-        )
-        metrics = Metrics(metric, output, _count(points, output))
-        _refuse_attributes(metrics, output, forward)
+        call, found = _Call(points, inputs, keywords, metric, strategy, max_bytes, check_nan), _Found()
         with progress_bar(progress, len(asked) + len(others), "patch") as advance:
-            execution = Execution(forward, output, strategy, max_bytes, metrics, advance)
             try:
-                execution.run(groups, seen)
-            except KeyboardInterrupt as stop:
-                partial = replace(_result(asked, others, execution, metrics), complete=False)
-                raise SweepInterrupted(partial, len(asked)) from stop
-    return _result(asked, others, execution, metrics)
+                if executor is None:
+                    _run(call, [*asked, *others], found, advance)
+                else:
+                    _spread(executor, call, [*asked, *others], found, advance)
+            except (KeyboardInterrupt, ExecutorError) as stop:
+                if not found.baseline:
+                    raise
+                partial = replace(_result(asked, others, found), complete=False)
+                if isinstance(stop, KeyboardInterrupt):
+                    raise SweepInterrupted(partial, len(asked)) from stop
+                stop.partial = partial
+                raise
+    return _result(asked, others, found)
+
+
+class _Call(NamedTuple):
+    """The arguments that all patches share."""
+
+    points: HookPoints
+    inputs: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    metric: Metric | Mapping[str, Metric]
+    strategy: Strategy
+    max_bytes: int
+    check_nan: bool
+
+
+@dataclass
+class _Found:
+    """Metrics on the unpatched output; metrics by entry number; and strategies, by the position of the group."""
+
+    baseline: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    done: dict[Any, Swept] = field(default_factory=dict)
+
+
+def _run(call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable[[int], object]) -> None:
+    """Run entries, and add their metrics to `found`."""
+    points, inputs, keywords, metric, strategy, max_bytes, check_nan = call
+    forward = Forward(points, inputs, keywords, check_nan=check_nan)
+    store = strategy != "loop" and (strategy != "auto" or forward.is_heavy())
+    output, groups, seen = clean_run(forward, entries, 0 if strategy == "loop" else max_bytes, store=store)
+    metrics = Metrics(metric, output, _count(points, output))
+    _refuse_attributes(metrics, output, forward)
+    found.baseline = metrics.baseline
+    execution = Execution(forward, output, strategy, max_bytes, metrics, advance, found.rows, found.done)
+    execution.run(groups, seen)
+
+
+def _spread(
+    executor: Executor, call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable[[int], object]
+) -> None:
+    """Run entries in workers. Each part contains patches at neighboring hook points, and does its own clean run."""
+    order = {name: number for number, name in enumerate(call.points)}
+    first = {entry.number: min(order[patch.site.name] for patch in entry.patches) for entry in entries}
+    parts = cut(sorted(entries, key=lambda entry: first[entry.number]), executor)
+
+    def add(number: int, part: _Found) -> None:
+        found.baseline = part.baseline
+        found.rows |= part.rows
+        found.done |= {(number, position): swept for position, swept in part.done.items()}
+        advance(len(part.rows))
+
+    labels = [[entry.label for entry in part] for part in parts]
+    spread(executor, _part, call, parts, labels, add, model=call.points.model)
+
+
+def _part(call: _Call, entries: Sequence[Entry]) -> _Found:
+    with torch.inference_mode(False):
+        _run(call, entries, found := _Found(), lambda count: None)
+    return found
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
@@ -136,19 +202,24 @@ def _count(points: HookPoints, output: Any) -> int | None:
     return None
 
 
-def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
+def _result(entries: Sequence[Entry], others: Sequence[Entry], found: _Found) -> SweepResult:
     """Return the result for the entries that have finished, with `others` as the control entries."""
-    done = [entry for entry in entries if entry.number in execution.rows]
-    baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
+    done = [entry for entry in entries if entry.number in found.rows]
+    baseline = {name: before.numpy() for name, before in found.baseline.items()}
+    groups: dict[tuple[str, str], Swept] = {}
+    for position in sorted(found.done):
+        each = found.done[position]
+        before = groups.setdefault((each.point, each.strategy), replace(each, patches=0))
+        groups[each.point, each.strategy] = replace(before, patches=before.patches + each.patches)
     return SweepResult(
         labels=tuple(entry.label for entry in done),
         patches=tuple(entry.patches for entry in done),
         values={
-            name: np.array([execution.rows[entry.number][name].numpy() for entry in done]).reshape(-1, len(before))
+            name: np.array([found.rows[entry.number][name].numpy() for entry in done]).reshape(-1, len(before))
             for name, before in baseline.items()
         },
         baseline=baseline,
-        controls=_result(others, [], execution, metrics) if others else None,
-        groups=tuple(execution.done[number] for number in sorted(execution.done)),
+        controls=_result(others, [], found) if others else None,
+        groups=tuple(groups.values()),
         no_p=no_p_among(entry.patches for entry in others),
     )

@@ -1,0 +1,346 @@
+"""Run parts of a call in the workers of a `concurrent.futures.Executor`.
+
+A task carries only digests and its own part. A worker that has not yet seen a digest asks for the bytes, so a model
+travels about once per worker, and a second call with the same model does not send the model again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import operator
+import os
+import pickle
+import random
+import sys
+import traceback
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ChanpatchError, ExecutorError
+from .state import undisturbed
+
+_Item = TypeVar("_Item")
+_kept: OrderedDict[str, Any] = OrderedDict()  # in a worker: the last models and pickled calls, by digest
+_unfinished: OrderedDict[str, dict[int, Any]] = OrderedDict()  # in the caller: results of calls that lost workers
+_MOST_KEPT, _MOST_UNFINISHED = 4, 2
+_attempts = itertools.count()
+
+
+def cut(items: Sequence[_Item], executor: Executor) -> list[Sequence[_Item]]:
+    """Cut a sequence into contiguous parts of about equal length, two parts per worker."""
+    count = min(len(items), 2 * _worker_count(executor))
+    ends = [len(items) * number // count for number in range(count + 1)] if count else []
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _worker_count(executor: Executor) -> int:
+    if client := getattr(executor, "_client", None):  # dask's executor; each worker runs one part at a time
+        return max(1, len(client.nthreads()))
+    return getattr(executor, "_max_workers", None) or os.cpu_count() or 1
+
+
+def spread(
+    executor: Executor,
+    function: Callable[[Any, Any], Any],
+    call: Any,
+    parts: Sequence[Any],
+    labels: Sequence[Sequence[Any]],
+    done: Callable[[int, Any], object],
+    *,
+    model: nn.Module | None = None,
+) -> None:
+    """Compute `function(call, part)` for each part in a worker, and pass each result to `done(number, result)`.
+
+    Args:
+        executor: The executor.
+        function: Function in a module of chanpatch.
+        call: Data for all parts. Each part receives a fresh copy.
+        parts: Data for each part.
+        labels: For each part, labels of the results that are lost if the part is lost.
+        done: Function that receives each result, in any order.
+        model: Module in `call` that is sent separately, so that later calls do not send the module again.
+
+    Raises:
+        ExecutorError: If a function or class cannot be sent, or if workers are lost. In the second case, the same call
+            with a new executor computes only the lost parts.
+    """
+    _check(executor)
+    known: dict[int, tuple[str, str]] = {}
+    blobs = {}
+    if model is not None:
+        weights = _packed(model)
+        blobs[digest := _digest(weights)] = weights
+        named = itertools.chain(model.named_modules(), model.named_parameters(), model.named_buffers())
+        known = {id(part): (digest, name) for name, part in named}
+    pickled = _packed((function, call, _settings(), _random_states()), known)
+    blobs[_digest(pickled)] = pickled
+    tasks = [_packed(part, known) for part in parts]
+    key = _digest(*blobs, *tasks)
+    finished = _unfinished.pop(key, {})
+    for number, result in finished.items():
+        done(number, result)
+    run = _Run(executor, blobs, tasks)
+    try:
+        for number in range(len(parts)):
+            if number not in finished:
+                run.submit(number)
+        for number, result in run.results():
+            finished[number] = result
+            done(number, result)
+    except BaseException:
+        for future in run.waiting:
+            future.cancel()
+        raise
+    if run.lost:
+        _unfinished[key] = finished
+        while len(_unfinished) > _MOST_UNFINISHED:
+            _unfinished.popitem(last=False)
+        raise _lost(run.lost, labels)
+
+
+class _Run:
+    """The tasks of one call. `waiting` maps each submitted future to the number of its part."""
+
+    def __init__(self, executor: Executor, blobs: Mapping[str, bytes], tasks: Sequence[bytes]) -> None:
+        self._executor, self._blobs, self._tasks = executor, blobs, tasks
+        self.waiting: dict[Future[Any], int] = {}
+        self.lost: dict[int, BaseException] = {}
+        self._failed: set[int] = set()  # parts that were submitted again after a failure
+        self._held: list[tuple[int, Sequence[str]]] = []  # parts whose worker asked for bytes
+        self._asked: set[int] = set()
+        self._unsent = _worker_count(executor)  # number of workers that may not have the bytes yet
+
+    def submit(self, number: int, digests: Sequence[str] = ()) -> None:
+        """Submit a part, with the bytes for the given digests."""
+        sent = {digest: self._blobs.get(digest) if digest in digests else None for digest in self._blobs}
+        try:
+            future = self._executor.submit(_task, sent, self._tasks[number], next(_attempts))
+        except Exception as fault:  # the executor is broken or was shut down
+            self.lost[number] = fault
+        else:
+            self.waiting[future] = number
+
+    def results(self) -> Any:
+        """Yield pairs (number, result) as parts finish."""
+        while self.waiting:
+            for future in wait(self.waiting, return_when=FIRST_COMPLETED).done:
+                number = self.waiting.pop(future)
+                try:
+                    kind, value = future.result()
+                except Exception as fault:  # not from the task itself, which returns its errors
+                    if number in self._failed:
+                        self.lost[number] = fault
+                    else:
+                        self._failed.add(number)
+                        self.submit(number, [*self._blobs])
+                    continue
+                if kind == "missing":
+                    self._held.append((number, value))
+                elif kind == "raised":
+                    error, text = _loaded(value)
+                    raise error from RuntimeError(f"Traceback in the worker:\n{text}")
+                else:
+                    yield number, _loaded(value)
+            while self._held and (self._unsent or len(self.waiting) < _worker_count(self._executor)):
+                self._answer(*self._held.pop(0))
+
+    def _answer(self, number: int, digests: Sequence[str]) -> None:
+        """Submit a part again. Send the bytes unless all workers should have received the bytes by now."""
+        is_sent = self._unsent > 0 or number in self._asked
+        self._unsent -= is_sent and self._unsent > 0
+        self._asked.add(number)
+        self.submit(number, digests if is_sent else ())
+
+
+def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[str, Any]:
+    """In a worker, compute one part, and return ("missing", digests), ("raised", error) or ("done", result).
+
+    `attempt` makes the arguments unique, because dask reuses the result of a task with equal arguments.
+    """
+    with undisturbed(nn.Module()):  # restores random number generators; threads take turns
+        torch.set_grad_enabled(True)
+        try:
+            if missing := _receive(sent):
+                return "missing", missing
+            try:
+                (function, call, settings, states), part = _loaded(_kept[[*sent][-1]]), _loaded(task)
+            except Exception as fault:
+                raise ExecutorError(
+                    f"A worker cannot load the call ({type(fault).__name__}: {fault}). Workers must be able to import "
+                    "every module that defines a function or class in the call, and have the same devices."
+                ) from fault
+            _compare(settings)
+            _set_random_states(states)
+            return "done", _packed(function(call, part))
+        except Exception as fault:
+            return "raised", _packed_error(fault)
+
+
+def _receive(sent: Mapping[str, bytes | None]) -> list[str]:
+    """Store the bytes that a task brought: the model, if any, and the call. Return the digests that are missing."""
+    for digest, data in sent.items():
+        if data is not None and digest not in _kept:
+            is_call = digest == [*sent][-1]
+            _kept[digest] = data if is_call else _loaded(data)
+    missing = [digest for digest in sent if digest not in _kept]
+    for digest in sent.keys() - {*missing}:
+        _kept.move_to_end(digest)
+    while len(_kept) > _MOST_KEPT:
+        _kept.popitem(last=False)
+    return missing
+
+
+def _packed(tree: Any, known: Mapping[int, tuple[str, str]] | None = None) -> bytes:
+    """Pickle a tree. Replace each object whose id is in `known` by (digest of the model, name in the model).
+
+    torch.save preserves memory that tensors share, and returns equal bytes for equal tensors.
+    """
+    base, by_value = _pickler()
+
+    class Pickler(base):  # type: ignore[misc,valid-type]
+        def reducer_override(self, item: Any) -> Any:
+            if known and id(item) in known:
+                return _part_of_model, known[id(item)]
+            if isinstance(item, (types.FunctionType, type)) and not (by_value or _is_importable(item)):
+                raise _not_importable(item)
+            return super().reducer_override(item) if by_value else NotImplemented
+
+    data = io.BytesIO()
+    try:
+        torch.save(tree, data, types.SimpleNamespace(Pickler=Pickler, __name__="pickle"))
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as fault:
+        if isinstance(fault, ChanpatchError):
+            raise
+        raise ExecutorError(
+            f"The call cannot be sent to workers ({type(fault).__name__}: {fault}). Remove objects that cannot be "
+            "pickled (files, locks, environments) from the model, the patches and the functions."
+        ) from fault
+    return data.getvalue()
+
+
+def _pickler() -> tuple[Any, bool]:
+    """Return the base class for pickling, and whether it can pickle functions and classes by value."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return pickle.Pickler, False
+    return cloudpickle.Pickler, True
+
+
+def _is_importable(item: Any) -> bool:
+    """Return whether a worker can import a function or a class. A worker has another `__main__`."""
+    module = sys.modules.get(item.__module__)
+    try:
+        return item.__module__ != "__main__" and operator.attrgetter(item.__qualname__)(module) is item
+    except AttributeError:
+        return False
+
+
+def _not_importable(item: Any) -> ExecutorError:
+    kind = "class" if isinstance(item, type) else "function"
+    return ExecutorError(
+        f"The {kind} {item.__qualname__} in {item.__module__} cannot be sent to workers, because workers cannot import "
+        f"it. Define the {kind} at the top level of a module, or install cloudpickle: pip install chanpatch[parallel]"
+    )
+
+
+def _loaded(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _part_of_model(digest: str, name: str) -> Any:
+    """In a worker, return the module, parameter or buffer with the given name in a model that was sent before."""
+    return operator.attrgetter(name)(_kept[digest]) if name else _kept[digest]
+
+
+def _packed_error(fault: Exception) -> bytes:
+    """Pickle an exception and its traceback. Replace an exception that cannot be pickled and loaded again."""
+    text = "".join(traceback.format_exception(fault))
+    try:
+        _loaded(data := _packed((fault, text)))
+    except Exception:
+        data = _packed((ExecutorError(f"{type(fault).__name__}: {fault}"), text))
+    return data
+
+
+def _digest(*data: str | bytes) -> str:
+    found = hashlib.sha256()
+    for each in data:
+        found.update(each.encode() if isinstance(each, str) else each)
+    return found.hexdigest()
+
+
+def _settings() -> dict[str, Any]:
+    """Return the global settings of torch that can change results."""
+    return {
+        "torch.__version__": str(torch.__version__),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_default_device()": torch.get_default_device(),
+        "torch.is_autocast_enabled('cpu')": torch.is_autocast_enabled("cpu"),
+        "torch.is_autocast_enabled('cuda')": torch.is_autocast_enabled("cuda"),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+    }
+
+
+def _compare(settings: Mapping[str, Any]) -> None:
+    """Raise an error if the caller's settings differ from the settings in this worker."""
+    for name, own in _settings().items():
+        if settings[name] != own:
+            raise ExecutorError(
+                f"{name} is {settings[name]} in your process, but {own} in a worker, so the results would differ. Use "
+                "the same setting in both, for example with ProcessPoolExecutor(initializer=...)."
+            )
+
+
+def _random_states() -> tuple[Any, ...]:
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), on_cuda
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    of_python, of_numpy, of_torch, on_cuda = states
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
+    if on_cuda:
+        torch.cuda.set_rng_state_all(on_cuda)
+
+
+def _check(executor: Executor) -> None:
+    """Raise an error if the executor is not an executor, or if its worker processes are forked."""
+    if not isinstance(executor, Executor):
+        raise TypeError(
+            "executor must be a concurrent.futures.Executor, such as ProcessPoolExecutor or dask's "
+            f"Client.get_executor(); got {type(executor).__name__}."
+        )
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise ExecutorError(
+            "The executor forks its workers, and a forked copy of torch can hang. Spawn the workers: "
+            'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).'
+        )
+
+
+def _lost(faults: Mapping[int, BaseException], labels: Sequence[Sequence[Any]]) -> ExecutorError:
+    """Return the error to raise if the parts with the given numbers were lost."""
+    lost = tuple(label for number in sorted(faults) for label in labels[number])
+    fault = next(iter(faults.values()))
+    named = ", ".join(map(repr, lost[:_SHOWN])) + f" and {len(lost) - _SHOWN} more" * (len(lost) > _SHOWN)
+    error = ExecutorError(
+        f"The executor lost {len(faults)} of {len(labels)} parts ({type(fault).__name__}: {fault}). Not computed: "
+        f"{named}. Repeat the call with a new executor to compute only these. If workers run out of memory, use fewer."
+    )
+    error.lost = lost
+    return error
+
+
+_SHOWN = 6  # maximum number of labels in an error message

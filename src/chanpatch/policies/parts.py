@@ -1,0 +1,81 @@
+"""Play the episodes of a rollout in the workers of an executor. Each part is a range of whole waves.
+
+The waves are the same as without an executor, so the results are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..engine.workers import cut, spread
+from ..errors import ExecutorError, RolloutError
+from ..registry.points import HookPoints
+from ..results import progress_bar
+from .checks import checked_envs
+from .log import Log, Options
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+
+@contextmanager
+def opened(envs: Any) -> Iterator[VectorEnv[Any, Any, Any]]:
+    """Yield the checked environments. If `envs` is a function, call it, and close its environments on exit."""
+    made = envs() if _is_factory(envs) else envs
+    with closing(made) if made is not envs and hasattr(made, "close") else nullcontext():
+        yield checked_envs(made)
+
+
+def _is_factory(envs: Any) -> bool:
+    return callable(envs) and (isinstance(envs, type) or not hasattr(envs, "reset"))
+
+
+def played_in_workers(
+    executor: Executor,
+    function: Callable[[Any, range], Any],
+    call: Any,
+    envs: Any,
+    seeds: Sequence[int],
+    options: Options,
+    *,
+    policy: Any,
+    labels: Sequence[Any] = (),
+) -> tuple[dict[range, Any], ExecutorError | None]:
+    """Run `function(call, plays)` in workers for ranges of plays, and return the results in order of the ranges.
+
+    If there are labels, each label has one play per seed. If parts were lost, also return the error to raise.
+    """
+    if not _is_factory(envs):
+        raise RolloutError(
+            "With an executor, each worker needs its own environments: pass a function that creates them, such as "
+            f"envs=lambda: gymnasium.make_vec(...); got {type(envs).__name__}."
+        )
+    with opened(envs) as each:
+        width = each.num_envs
+    seeds = Log(seeds, options, 1, None).seeds  # checked
+    count = max(1, len(labels)) * len(seeds)
+    waves = cut(range(0, count, width), executor)
+    parts = [range(each[0], min(each[-1] + width, count)) for each in waves]
+    episodes = len(seeds)
+    named = [[*dict.fromkeys(labels[play // episodes] if labels else seeds[play] for play in part)] for part in parts]
+    found: dict[range, Any] = {}
+    lost = None
+    model = policy.model if isinstance(policy, HookPoints) else policy if isinstance(policy, nn.Module) else None
+    with progress_bar(options.progress, count, "episode") as advance:
+
+        def add(number: int, result: Any) -> None:
+            found[parts[number]] = result
+            advance(len(parts[number]))
+
+        try:
+            spread(executor, function, call, parts, named, add, model=model)
+        except ExecutorError as fault:
+            if not found:
+                raise
+            lost = fault
+    return {part: found[part] for part in parts if part in found}, lost
