@@ -16,6 +16,7 @@ import random
 import sys
 import traceback
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -85,7 +86,7 @@ def spread(
     blobs[_digest(pickled)] = pickled
     tasks = [_packed(part, known) for part in parts]
     key = _digest(*blobs, *tasks)
-    finished = _unfinished.pop(key, {})
+    finished = {**_unfinished.get(key, {})}
     for number, result in finished.items():
         done(number, result)
     run = _Run(executor, blobs, tasks)
@@ -105,6 +106,7 @@ def spread(
         while len(_unfinished) > _MOST_UNFINISHED:
             _unfinished.popitem(last=False)
         raise _lost(run.lost, labels)
+    _unfinished.pop(key, None)
 
 
 class _Run:
@@ -123,7 +125,9 @@ class _Run:
         """Submit a part, with the bytes for the given digests."""
         sent = {digest: self._blobs.get(digest) if digest in digests else None for digest in self._blobs}
         try:
-            future = self._executor.submit(_task, sent, self._tasks[number], next(_attempts))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sending large graph")  # dask, about the bytes of a model
+                future = self._executor.submit(_task, sent, self._tasks[number], next(_attempts))
         except Exception as fault:  # the executor is broken or was shut down
             self.lost[number] = fault
         else:
