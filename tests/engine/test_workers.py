@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -313,6 +313,53 @@ def test_a_lost_task_is_submitted_once_more() -> None:
         "'inputs[4:6]'. Repeat the call with a new executor to compute only these. If workers run out of memory, use "
         "fewer."
     )
+
+
+class LosingLast(ThreadPoolExecutor):
+    """An executor that loses the last of four parts each time."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.tasks = {}
+
+    def submit(self, task, sent, part, attempt):
+        if self.tasks.setdefault(part, len(self.tasks)) < 3:
+            return super().submit(task, sent, part, attempt)
+        future = Future()
+        future.set_exception(OSError("connection lost"))
+        return future
+
+
+def test_when_episodes_are_lost_the_partial_result_has_the_others_and_the_same_call_goes_on(threads) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
+    points = hook_points(model, torch.zeros(2, 4))
+    patches = {feature: zero_ablate(points.site("1", feature=feature)) for feature in range(3)}
+    policies = {"original": model, "patched": PatchedPolicy(points, patches[0])}
+    each = {"max_steps": 20, "outputs": "logits"}
+    for call, whole, lost in (
+        (functools.partial(paired_rollouts, policies, ENVS, range(16), **each), 12, (12, 13, 14, 15)),
+        (functools.partial(rollout_sweep, points, ENVS, range(16), patches, **each), 16, (2,)),
+    ):
+        alone = call()
+        with LosingLast() as executor, pytest.raises(ExecutorError) as caught:
+            call(executor=executor)
+        partial = caught.value.partial
+        assert caught.value.lost == lost
+        assert [*partial] == [label for label in alone if label not in lost]
+        for label in partial:
+            np.testing.assert_array_equal(partial[label].returns, alone[label].returns[:whole])
+        assert_same(call(executor=threads).rollouts, alone.rollouts)
+
+
+def test_when_verified_patches_are_lost_their_exact_effects_are_nan() -> None:
+    points, observations = mlp()
+    each = {"patches": ablations(points), "metric": logit_difference(0, 1), "verify": 16}
+    alone = attribution(points, observations, **each)
+    with LosingLast() as executor, pytest.raises(ExecutorError) as caught:
+        attribution(points, observations, **each, executor=executor)
+    exact, lost = caught.value.partial.exact, [label in caught.value.lost for label in alone.labels]
+    assert sum(lost) == 4
+    assert_same(exact, np.where(lost, np.nan, alone.exact))
 
 
 @pytest.mark.slow

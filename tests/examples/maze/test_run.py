@@ -403,3 +403,13 @@ def test_purposes_get_seeds_of_their_own_that_depend_on_the_seed():
     seeds = [study.seed_for(purpose) for study in (one, other) for purpose in ("sums", "decision")]
     assert len(set(seeds)) == 4
     assert one.seed_for("sums") == seeds[0]
+
+
+def test_several_workers_measure_the_same_tables(tmp_path, capsys):
+    only = ("generator", "pair")
+    alone, shared = (run(settings(tmp_path / str(workers), only=only, workers=workers)) for workers in (1, 2))
+    printed = capsys.readouterr().out
+    for part in only:
+        assert re.search(rf"of 2  imitation: {part} +\d+ s\n", printed)
+        tables = {file.name: file.read_bytes() for file in (alone / "imitation" / part).glob("*.csv")}
+        assert tables == {file.name: file.read_bytes() for file in (shared / "imitation" / part).glob("*.csv")} != {}
