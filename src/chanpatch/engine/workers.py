@@ -173,9 +173,9 @@ def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[
     with undisturbed(nn.Module()):  # restores random number generators; threads take turns
         torch.set_grad_enabled(True)
         try:
-            if missing := _receive(sent):
-                return "missing", missing
             try:
+                if missing := _receive(sent):
+                    return "missing", missing
                 (function, call, settings, states), part = _loaded(_kept[[*sent][-1]]), _loaded(task)
             except Exception as fault:
                 raise ExecutorError(

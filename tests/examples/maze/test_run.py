@@ -405,6 +405,7 @@ def test_purposes_get_seeds_of_their_own_that_depend_on_the_seed():
     assert one.seed_for("sums") == seeds[0]
 
 
+@pytest.mark.slow
 def test_several_workers_measure_the_same_tables(tmp_path, capsys):
     only = ("generator", "pair")
     alone, shared = (run(settings(tmp_path / str(workers), only=only, workers=workers)) for workers in (1, 2))
