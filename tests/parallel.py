@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch import HookPoints, edit, hook_points, zero_ablate
+from chanpatch.engine.paths import leaves
 
 ENVS = functools.partial(gymnasium.make_vec, "CartPole-v1", num_envs=4, vectorization_mode="sync")
 
@@ -57,6 +58,10 @@ def interrupting(log: Path, activation: Tensor) -> Tensor:
 
 def failing(log: Path, activation: Tensor) -> Tensor:
     raise LookupError("no such activation")
+
+
+def summed(output) -> Tensor:
+    return sum(tensor.double().sum() for _, tensor in leaves(output))
 
 
 def first_logit(output: Tensor) -> Tensor:

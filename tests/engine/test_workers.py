@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from parallel import ENVS, ablations, edits, failing, first_logit, interrupting, killed_once, mlp
+from parallel import ENVS, ablations, edits, failing, first_logit, interrupting, killed_once, mlp, summed
 from torch import nn
 
 from chanpatch import (
@@ -87,6 +87,16 @@ def test_a_sweep_with_an_executor_has_the_same_numbers_and_groups(executor) -> N
         np.testing.assert_allclose(spread.values[name], alone.values[name], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(spread.controls.values[name], alone.controls.values[name], rtol=1e-6, atol=1e-6)
     assert [(group.point, group.patches) for group in spread.groups] == [("1", 8), ("3", 9)]
+
+
+def test_a_sweep_of_every_model_fixture_has_the_same_numbers_in_workers(model, threads) -> None:
+    inputs = model.inputs(3)
+    points = hook_points(model.module, *inputs)
+    site = points.site(model.site)
+    axis = next(axis for axis in points[site.name].axes if axis in ("channel", "feature"))
+    each = {"patches": [zero_ablate(part) for part in site.split(axis)[:5]], "metric": summed, "strategy": "loop"}
+    alone, spread = (sweep(points, *inputs, **each, executor=used) for used in (None, threads))
+    assert_same(spread.values, alone.values)
 
 
 def test_the_built_in_metrics_travel(threads) -> None:

@@ -103,6 +103,9 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         point = self[site.name]
         return site if site.point is point or site.point == point else normalized(site, point)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tree": None}  # a tree refers to the attributes of this model's modules
+
     def tree(self) -> Tree:
         """Return the Tree of the model's modules. Raise UnsupportedModelError if a module would ignore hooks."""
         tree = self._tree
