@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
@@ -188,22 +189,7 @@ def _attributed(
         labels = tuple(entry.label for entry in entries)
         to_verify = [*{*largest_first(effect)[:verify].tolist(), *np.flatnonzero(drawn).tolist()}]
         advance(verified - len(to_verify))  # drawn patches may also be among the largest
-        parts = [[row] for row in to_verify] if executor is None else cut(to_verify, executor)
-        lost: ExecutorError | None = None
-
-        def add(number: int, found: list[float]) -> None:
-            exact[parts[number]] = found
-            advance(len(found))
-
-        if executor is None:
-            for number, (row,) in enumerate(parts):
-                add(number, [run.exact(chosen[row])])
-        else:
-            sent, named = ([[each[row] for row in part] for part in parts] for each in (chosen, labels))
-            try:
-                spread(executor, _exact, (points, inputs, metric), sent, named, add, model=points.model)
-            except ExecutorError as error:
-                lost = error
+        lost = _verify(run, to_verify, chosen, labels, exact, executor, advance)
     known = drawn.any() and np.isfinite([effect[drawn], exact[drawn]]).all()
     correlation = rank_correlation(effect[drawn], exact[drawn]) if known else np.nan
     sample, zeros = int(drawn.sum()), int((exact[drawn] == 0).sum())
@@ -216,6 +202,34 @@ def _attributed(
     if fault := _poor_estimates(found, run):
         warnings.warn(fault, RuntimeWarning, stacklevel=4)  # so the warning points to the caller, not to the decorator
     return found
+
+
+def _verify(
+    run: _Runs,
+    rows: Sequence[int],
+    patches: Sequence[Patch],
+    labels: Sequence[Any],
+    exact: NDArray[np.float64],
+    executor: Executor | None,
+    advance: Callable[[int], object],
+) -> ExecutorError | None:
+    """Write the exact effects of the given rows' patches to `exact`. If workers were lost, return the error to raise."""
+    parts = [[row] for row in rows] if executor is None else cut(rows, executor)
+
+    def add(number: int, found: list[float]) -> None:
+        exact[parts[number]] = found
+        advance(len(found))
+
+    if executor is None:
+        for number, (row,) in enumerate(parts):
+            add(number, [run.exact(patches[row])])
+        return None
+    sent, named = ([[each[row] for row in part] for part in parts] for each in (patches, labels))
+    try:
+        spread(executor, _exact, (run.points, run.inputs, run.metric), sent, named, add, model=run.points.model)
+    except ExecutorError as error:
+        return error
+    return None
 
 
 def _exact(call: tuple[HookPoints, Any, Metric], patches: Sequence[Patch]) -> list[float]:
@@ -301,7 +315,7 @@ class _Runs(Forward):
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, Any], metric: Metric) -> None:
         super().__init__(points, *inputs)
-        self._metric = metric
+        self.metric = metric
         with self.running() as run:
             self._baseline = run.kept(self.output())
             self._clean = measured(metric, self._baseline, self._baseline)
@@ -378,7 +392,7 @@ class _Runs(Forward):
             return float((self._measured() - self._clean).double().mean())
 
     def _measured(self) -> Tensor:
-        return measured(self._metric, self.output(), self._baseline)
+        return measured(self.metric, self.output(), self._baseline)
 
 
 def _differentiable(activation: Tensor) -> Tensor:
