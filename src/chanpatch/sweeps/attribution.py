@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
@@ -142,23 +141,14 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     return _attributed(points, inputs, patches, ends, metric, steps, verify, seed, executor, progress)
 
 
-def _attributed(
-    points: HookPoints,
-    inputs: Any,
-    patches: Any,
-    ends: Any,
-    metric: Any,
-    steps: int,
-    verify: int,
-    seed: int,
-    executor: Executor | None,
-    bar: Any,
-) -> Attribution:
+def _attributed(points: HookPoints, inputs: Any, patches: Any, ends: Any, metric: Any, *options: Any) -> Attribution:
     """Estimate the effects of patches from gradients.
 
-    `inputs` is a pair (args, kwargs), and `bar` is the argument `progress`. If `ends` is a cache, average the gradients
-    along the lines from the clean activations to the activations in `ends`, instead of to the patched activations.
+    `inputs` is a pair (args, kwargs). If `ends` is a cache, average the gradients along the lines from the clean
+    activations to the activations in `ends`, instead of to the patched activations. `options` contains the arguments of
+    `attribution` from `steps` to `progress`.
     """
+    steps, verify, seed, executor, bar = options
     whole("steps", steps, 1, SweepError)
     whole("verify", verify, 0, SweepError)
     entries = entries_of(points, patches, "patches")
@@ -186,10 +176,10 @@ def _attributed(
             for row in rows:
                 positions, difference = changes[row]
                 effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.input_count
-        labels = tuple(entry.label for entry in entries)
-        to_verify = [*{*largest_first(effect)[:verify].tolist(), *np.flatnonzero(drawn).tolist()}]
+        to_verify = {*largest_first(effect)[:verify].tolist(), *np.flatnonzero(drawn).tolist()}
         advance(verified - len(to_verify))  # drawn patches may also be among the largest
-        lost = _verify(run, to_verify, chosen, labels, exact, executor, advance)
+        lost = _verify(run, [entries[row] for row in to_verify], exact, executor, advance)
+    labels = tuple(entry.label for entry in entries)
     known = drawn.any() and np.isfinite([effect[drawn], exact[drawn]]).all()
     correlation = rank_correlation(effect[drawn], exact[drawn]) if known else np.nan
     sample, zeros = int(drawn.sum()), int((exact[drawn] == 0).sum())
@@ -205,37 +195,31 @@ def _attributed(
 
 
 def _verify(
-    run: _Runs,
-    rows: Sequence[int],
-    patches: Sequence[Patch],
-    labels: Sequence[Any],
-    exact: NDArray[np.float64],
-    executor: Executor | None,
-    advance: Callable[[int], object],
+    run: _Runs, entries: Sequence[Entry], exact: Any, executor: Executor | None, advance: Callable[[int], object]
 ) -> ExecutorError | None:
-    """Write the exact effects of the given rows' patches to `exact`. If workers were lost, return the error to raise."""
-    parts = [[row] for row in rows] if executor is None else cut(rows, executor)
+    """Write the entries' exact effects to `exact`. If workers were lost, return the error to raise."""
+    if executor is None:
+        for entry in entries:
+            exact[entry.number] = run.exact(entry.patches[0])
+            advance(1)
+        return None
+    parts = cut(entries, executor)
 
     def add(number: int, found: list[float]) -> None:
-        exact[parts[number]] = found
+        exact[[entry.number for entry in parts[number]]] = found
         advance(len(found))
 
-    if executor is None:
-        for number, (row,) in enumerate(parts):
-            add(number, [run.exact(patches[row])])
-        return None
-    sent, named = ([[each[row] for row in part] for part in parts] for each in (patches, labels))
+    labels = [[entry.label for entry in part] for part in parts]
     try:
-        spread(executor, _exact, (run.points, run.inputs, run.metric), sent, named, add, model=run.points.model)
+        spread(executor, _exact, (run.points, run.inputs, run.metric), parts, labels, add, model=run.points.model)
     except ExecutorError as error:
         return error
     return None
 
 
-def _exact(call: tuple[HookPoints, Any, Metric], patches: Sequence[Patch]) -> list[float]:
-    """In a worker, return the mean change in the metric for each patch."""
+def _exact(call: tuple[HookPoints, Any, Metric], entries: Sequence[Entry]) -> list[float]:
     run = _Runs(*call)
-    return [run.exact(patch) for patch in patches]
+    return [run.exact(entry.patches[0]) for entry in entries]
 
 
 def _only_patch(entry: Entry, points: HookPoints) -> Patch:
