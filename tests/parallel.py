@@ -51,7 +51,9 @@ def edits(points: HookPoints, log: Path, last):
 
 
 def interrupting(log: Path, activation: Tensor) -> Tensor:
-    if threading.current_thread() is not threading.main_thread():
+    marker = log.with_suffix(".interrupted")
+    if threading.current_thread() is not threading.main_thread() and not marker.exists():
+        marker.touch()
         signal.raise_signal(signal.SIGINT)
     return activation * 0
 
