@@ -313,7 +313,7 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None
         return
-    tqdm, in_notebook = imported("tqdm.auto").tqdm, imported("tqdm.notebook").tqdm_notebook
-    is_shown = progress or issubclass(tqdm, in_notebook)
+    tqdm = imported("tqdm.auto").tqdm
+    is_shown = progress or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)  # importing it is slow
     with tqdm(total=total, unit=unit, delay=2, disable=False if is_shown else None) as bar:
         yield bar.update

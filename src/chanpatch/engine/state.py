@@ -15,7 +15,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -62,14 +62,17 @@ class undisturbed:
     Exiting raises UnsupportedModelError if a forward pass created a submodule or a parameter.
     """
 
-    _is_locked = _is_noted = False
+    _is_locked = _is_noted = _is_shared = False
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
-        tensors = itertools.chain(model.parameters(), model.buffers())
+        # Without CUDA, no tensor is on a GPU, and there is no need to look at each of them.
+        tensors = itertools.chain(model.parameters(), model.buffers()) if torch.cuda.is_initialized() else ()
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
         self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
+        if self._is_shared:
+            return self
         self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
         try:
             _ONE_AT_A_TIME.acquire()
@@ -91,12 +94,23 @@ class undisturbed:
 
     def __exit__(self, kind: object, *error: object) -> None:
         try:
-            self._leave()
+            self.put_back() if self._is_shared else self._leave()
         except UnsupportedModelError:
             if kind is None:
                 raise
         finally:
-            self._leave()  # has an effect only if an interrupt stopped the first call
+            if not self._is_shared:
+                self._leave()  # has an effect only if an interrupt stopped the first call
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Save the state once for all entries inside this context, between which nothing else runs."""
+        with self:
+            self._is_shared = True
+            try:
+                yield
+            finally:
+                self._is_shared = False
 
     def __del__(self) -> None:
         if self._is_locked:  # an interrupt arrived before `__exit__` began
@@ -183,23 +197,32 @@ class Snapshot:
         self._dicts += attributes
         self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
-        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with its saved contents
+        self.contents: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with its saved contents
 
     def note(self) -> Snapshot:
         """Save the current state. If nothing has changed since the last call, save only the generators' states."""
         if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
-            self._parts = [_parts(own) for _, own in self._owns]
-            self._note_bound()
+            self._parts, self._weights = [_parts(own) for _, own in self._owns], self._parameters()
+            self.note_bound()
             found = _reachable(self._dicts, self._apart)
             self._generators: list[Any] = [each for each in found if isinstance(each, GENERATORS)]
-            self._held = [(each, _content(each)) for each in found if not isinstance(each, GENERATORS)]
+            self.contents = [(each, _content(each)) for each in found if not isinstance(each, GENERATORS)]
         self._states = [_state(each) for each in self._generators]
         return self
 
     def changed(self) -> bool:
         """Return whether an attribute, buffer, submodule or hook was set or removed since the last call to `note`."""
         return not self.is_in(self._keys, self._values)
+
+    def rebound(self) -> list[tuple[dict[str, Any], str]]:
+        """List the attributes, as (attributes of a module, name), that were set since `note`; leave out callables."""
+        return [] if not self.changed() else [
+            (own, name)
+            for (_, own), noted in zip(self._owns, self._noted, strict=False)
+            for name, value in own.items()
+            if name not in _OF_TORCH and not callable(value) and noted.get(name, noted) is not value
+        ]
 
     def state(self) -> tuple[list[Any], list[Any]]:
         """Return the names and the values of all attributes, buffers, submodules and hooks."""
@@ -212,16 +235,17 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Restore all but the generators. Raise UnsupportedModelError if a submodule or parameter has been added."""
-        built = []
-        for (kind, own), parts in zip(self._owns, self._parts, strict=True):
-            for name in _parts(own) - parts:
-                built.append(f"'{name}' in {kind}")
-                own["_parameters"].pop(name, None)
-        if self.changed():
+        built, changed, weights = [], self.changed(), self._parameters()
+        if changed or len(weights) != len(self._weights) or not all(map(operator.is_, weights, self._weights)):
+            for (kind, own), parts in zip(self._owns, self._parts, strict=True):
+                for name in _parts(own) - parts:
+                    built.append(f"'{name}' in {kind}")
+                    own["_parameters"].pop(name, None)
+        if changed:
             for each, noted in zip(self._dicts, self._noted, strict=True):
                 _put_back(each, noted)
-            self._note_bound()  # a method that stays wrapped is not a change
-        for held, content in self._held:
+            self.note_bound()  # a method that stays wrapped is not a change
+        for held, content in self.contents:
             if not _same(held, content):
                 _refill(held, content)
         if built:
@@ -232,7 +256,7 @@ class Snapshot:
 
     def rewritten(self) -> list[Any]:
         """List the containers, arrays and tensors whose contents have changed since the last call to `note`."""
-        return [held for held, content in self._held if not _same(held, content)]
+        return [held for held, content in self.contents if not _same(held, content)]
 
     def keep_hooks(self) -> None:
         """Make `put_back` keep the current hooks, because contexts may have closed since `note` ran."""
@@ -258,15 +282,19 @@ class Snapshot:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors and arrays that `put_back` overwrites in place."""
-        arrays = [torch.from_numpy(held) for held, _ in self._held if isinstance(held, np.ndarray) and held.size]
-        return [*arrays, *(held for held, _ in self._held if isinstance(held, Tensor))]
+        arrays = [torch.from_numpy(held) for held, _ in self.contents if isinstance(held, np.ndarray) and held.size]
+        return [*arrays, *(held for held, _ in self.contents if isinstance(held, Tensor))]
 
-    def _note_bound(self) -> None:
+    def note_bound(self) -> None:
+        """Save only the names and objects that `state` returns, so that `changed` can be called."""
         self._keys, self._values = self.state()
+
+    def _parameters(self) -> list[Any]:
+        return [*itertools.chain(*[own["_parameters"].values() for _, own in self._owns])]
 
 
 _REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+_OF_TORCH = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, np.ndarray)
 _PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)

@@ -201,7 +201,9 @@ class _Record(Located):
         if where is not None and not callable(where):
             check_mask(where, site)
         if isinstance(point, HookPoint) and recorder.reduce is not None:  # check that the reduction applies
-            region = torch.empty([n or 1 for n in region_lengths(site, point)], dtype=point.dtype, device="meta")
+            # Not on the meta device, where torch imports sympy to reduce a tensor.
+            one = torch.zeros((), dtype=point.dtype, device=point.device)
+            region = one.expand([n or 1 for n in region_lengths(site, point)])
             mask = None if where is None else torch.ones_like(region, dtype=torch.bool)
             reduced(region, site, point.axes, recorder.reduce, mask, double=recorder.double)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -63,6 +63,9 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
     def __len__(self) -> int:
         return len(self._points)
+
+    def values(self) -> ValuesView[HookPoint]:
+        return self._points.values()
 
     def select(self, pattern: str) -> HookPoints:
         """Return the hook points whose names or aliases match a pattern.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -31,9 +32,9 @@ from .prefix import Call, StrategyError, fresh, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
 _GAIN = 0.9  # the fold is used if its estimated time is less than this fraction of the loop's time
-# Seconds per module, torch function, operation and byte, on a CPU (True) or on another device (False). The values are
+# Seconds per module that is prepared, torch function, operation and byte, on a CPU (True) or on another device (False). The values are
 # fixed, so the choice of a strategy is deterministic.
-_SECONDS = {True: (2e-5, 1e-5, 3e-11, 1e-10), False: (2e-5, 1e-5, 5e-14, 1e-12)}
+_SECONDS = {True: (1e-5, 1e-5, 3e-11, 1e-10), False: (1e-5, 1e-5, 5e-14, 1e-12)}
 
 
 class Fold:
@@ -41,7 +42,8 @@ class Fold:
 
     def __init__(self, forward: Forward, baseline: Any, seen: Mapping[str, Seen], max_bytes: int) -> None:
         self.forward, self.points, self._baseline, self._seen = forward, forward.points, baseline, seen
-        self._max_bytes, self._modules = max_bytes, 20 + sum(1 for _ in self.points.model.modules())
+        self.session = ContextSession(self.points)
+        self._max_bytes, self._modules = max_bytes, 40 + len(self.session.modules)
         outer = [point for point in self.points.values() if not point.module and point.side == "in"]
         self.input_axes = {point.path: point.tensor_batch_axis for point in outer}
         inputs = [(self.input_axes.get(path[1:]), leaf) for path, leaf in leaves(forward.inputs)]
@@ -93,45 +95,53 @@ class Fold:
         """
         entries = [(entry, group) for group in groups for entry in group.entries]
         names = [{patch.site.name for patch in entry.patches} for entry, _ in entries]
-        cuts = {
+        written = {name for name, seen in self._seen.items() if seen.overwritten}
+        cuts = [
             number
-            for number in range(1, len(entries))
-            if names[number] != names[number - 1]
-            and any(self._seen[name].overwritten for name in names[number] | names[number - 1])
-        }
-        best: tuple[list[list[tuple[Entry, Group]]], float] = ([], math.inf)
-        size = most = 1
-        while size < 2 * len(entries):
-            chunks: list[list[tuple[Entry, Group]]] = []
-            for number, each in enumerate(entries):
-                if not chunks or number in cuts or len(chunks[-1]) >= most:
-                    chunks.append([])
-                    most = self._most(each[1], size)
-                chunks[-1].append(each)
-            seconds = sum(self._seconds(chunk[0][1], len(chunk) + (chunk is chunks[0])) for chunk in chunks)
-            if seconds < best[1]:
-                best = chunks, seconds
-            size *= 2
-        loop = self._seconds(None, 1)
-        compared = 2 * loop if self.rows < FEWEST_TO_CUT else 2 * self._seconds(None, 1 / self.rows)
-        return best[0], best[1] + compared < _GAIN * len(entries) * loop
+            for number in range(1, len(entries) if written else 0)
+            if names[number] != names[number - 1] and written & (names[number] | names[number - 1])
+        ]
+        best: list[list[tuple[Entry, Group]]] = []
+        size, seconds = len(entries), math.inf
+        while True:  # halve the chunks while that saves time
+            chunks, start = [], 0
+            while start < len(entries):
+                end = start + self._most(entries[start][1], size)
+                end = min([end, *cuts[bisect_right(cuts, start) :][:1]])
+                chunks.append(entries[start:end])
+                start = end
+            other = sum(self._seconds(chunk, len(chunk) + (chunk is chunks[0])) for chunk in chunks)
+            if other > seconds:
+                break
+            best, seconds = chunks, other
+            if size == 1:
+                break
+            size = -(-size // 2)
+        loop = self._seconds((), 1)
+        compared = 2 * loop if self.rows < FEWEST_TO_CUT else 2 * self._seconds((), 1 / self.rows)
+        return best, seconds + compared < _GAIN * len(entries) * loop
 
     def _most(self, group: Group, size: int) -> int:
         room = min(self._max_bytes, _CPU_BYTES) if group.on_cpu else self._max_bytes
         return min(size, max(1, room // max(1, group.bytes_each)))
 
-    def _seconds(self, group: Group | None, count: float) -> float:
-        """Estimate the seconds for a forward pass on `count` blocks that starts at a group's hook point.
+    def _seconds(self, chunk: Sequence[tuple[Entry, Group]], blocks: float) -> float:
+        """Estimate the seconds for a forward pass on `blocks` blocks that starts at the first hook point in a chunk.
 
-        If `group` is None, the forward pass starts at the inputs.
+        If there is no chunk, the forward pass starts at the inputs.
         """
-        seen = None if group is None else self._seen[group.point.name]
+        groups = [*{id(group): group for _, group in chunk}.values()]
+        skipped = groups[0].skippable if groups else 0
+        functions, operations, nbytes = self.forward.prefix.work_after(
+            self._seen[groups[0].point.name].step if skipped else 0
+        )
+        nbytes += 2 * sum(self._seen[group.point.name].nbytes for group in groups)
         module, function, operation, byte = _SECONDS[next(iter(self._seen.values())).on_cpu]
-        functions, operations, nbytes = self.forward.prefix.work_after(0 if seen is None else seen.step)
-        return module * self._modules + function * functions + count * (operation * operations + byte * nbytes)
+        calls = 3 * skipped + 5 * len(groups) + self._modules
+        return module * calls + function * functions + blocks * (operation * operations + byte * nbytes)
 
-    def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool) -> Iterator[Any]:
-        """Run a chunk, and yield the output for each entry.
+    def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool = False) -> Iterator[Any]:
+        """Run a chunk, and return an iterator over the outputs for the entries.
 
         If `disturbed`, an extra first block has different activations, which must not affect the other blocks.
         """
@@ -142,11 +152,13 @@ class Fold:
             raise StrategyError("the patched output has tensors in different places than the unpatched output")
         for path, leaf in leaves(output):
             parts[path] = self._split(path, leaf, run.blocks)
-        for number in range(int(disturbed), run.blocks):
-            each = self._template
-            for path, blocks in parts.items():
-                each = replace(each, path, blocks[number])
-            yield each
+        return map(functools.partial(self._output, parts), range(int(disturbed), run.blocks))
+
+    def _output(self, parts: Mapping[Path, Sequence[Tensor]], number: int) -> Any:
+        output = self._template
+        for path, blocks in parts.items():
+            output = replace(output, path, blocks[number])
+        return output
 
     def _split(self, path: Path, leaf: Tensor, blocks: int) -> tuple[Tensor, ...]:
         wanted = get(self._baseline, path).shape
@@ -182,12 +194,11 @@ class _Run:
 
     def output(self, skip: int) -> Any:
         """Run the model on all blocks, skipping the first `skip` module calls."""
-        forward, points = self.forward, self.forward.points
+        forward, points, session = self.forward, self.forward.points, self.fold.session
         inputs: Any = forward.inputs
         with refused():  # a container, such as a TensorDict, may have a fixed number of rows
             for path, leaf in [*leaves(inputs)]:
                 inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
-        session = ContextSession(points)
         for name in self._at:
             session.listen(points[name], "patch", functools.partial(self._put, name))
         try:
@@ -223,14 +234,20 @@ class _Run:
         self._waiting.discard(name)
         blocks, new = _blocks(leaf, axis, self.blocks), leaf.clone()
         traced_view(clean, point)  # raises if the shape differs from the trace
-        first = [self._disturbed + number for number, _ in here if number not in self._patched]
-        if first:
-            self._check(blocks.movedim(axis, 0)[first], clean, name)
+        if first := [self._disturbed + number for number, _ in here if number not in self._patched]:
+            several = blocks.narrow(axis, first[0], first[-1] + 1 - first[0])
+            if several.shape[axis] > len(first):  # the blocks between them are already patched
+                several = blocks.index_select(axis, torch.tensor(first, device=leaf.device))
+            self._check(several, clean.unsqueeze(axis), name)
         written = _blocks(new, axis, self.blocks)
         for number, patches in here:
             place = self._disturbed + number
-            block, into = blocks.select(axis, place), written.select(axis, place)
-            self._patch(self._entries[number], self._masks[number], patches, block, into)
+            if len(patches) == 1 and (chosen := _number(patches[0])) is not None:
+                index, value = chosen
+                written[(*index[:axis], place, *index[axis:])] = value
+            else:
+                block, into = blocks.select(axis, place), written.select(axis, place)
+                self._patch(self._entries[number], self._masks[number], patches, block, into)
         if self._disturbed and not self._patched:
             wild = clean.flip(axis)
             written.select(axis, 0).copy_(wild * -2 if wild.is_floating_point() else wild)
@@ -245,10 +262,6 @@ class _Run:
         self, entry: Entry, masks: dict[tuple[object, ...], Any], patches: list[Patch], block: Tensor, into: Tensor
     ) -> None:
         """Apply an entry's patches to the entry's block, and write the result to `into`."""
-        if len(patches) == 1 and (chosen := _number(patches[0])) is not None:
-            index, value = chosen
-            into[index] = value
-            return
         ours = all(patch.runs_only_ours for patch in patches)
         state = None if ours else self.forward.undisturbed.snapshot.state()
         with labelled(entry.label):
@@ -264,7 +277,7 @@ class _Run:
     def _check(self, blocks: Tensor, clean: Tensor, name: str) -> None:
         """Raise StrategyError unless the blocks, before they are patched, equal the clean activation up to rounding."""
         wanted = clean.expand_as(blocks)
-        if not (torch.equal(blocks, wanted) or close(blocks, wanted, blocks)):
+        if not close(blocks, wanted, blocks):
             raise StrategyError(f"the unpatched rows at '{name}' differ from the clean run")
 
 
@@ -319,15 +332,15 @@ _MASK = 1e4  # larger values, such as -1e8 for a forbidden action, are ignored i
 
 def close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
     """Return whether `part` equals `wanted` up to rounding error; the tolerance depends on the values in `whole`."""
-    if not (wanted.is_floating_point() or wanted.is_complex()):
+    if torch.equal(part, wanted) or not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
     half = wanted.dtype in (
         torch.float16,
         torch.bfloat16,
     )  # in half precision, rounding errors may be as large as a patch's effect
     tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose a few digits
-    usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
-    scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
+    sizes = [each.abs() for each in (whole, wanted) if each.numel()]
+    scale = max((float(each.where(each < _MASK, 0).max()) for each in sizes), default=0.0)
     return torch.allclose(part, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily
 
 from ..engine.inputs import batches, copied_inputs, input_count
 from ..engine.moments import Moment, forward_context, published
@@ -28,8 +29,7 @@ from .prefix import Prefix, fresh
 
 _LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
 FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
-_OPERATIONS = 10**5  # number of multiplications that take about as long as calling a module
-_OF_TORCH = frozenset(vars(nn.Module()))
+_OPERATIONS = 10**6  # number of multiplications that take about ten times as long as calling a module
 
 
 class Entry(NamedTuple):
@@ -71,23 +71,17 @@ class Forward:
         self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
         self.row = row  # if `inputs` contains only one row of the whole batch, the index of that row; otherwise None
         self.undisturbed = restoring or undisturbed(points.model)
-        self.prefix = Prefix(points.model, self.undisturbed.snapshot)
+        self.prefix = Prefix(points, self.undisturbed.snapshot)
         self.rebound: list[tuple[dict[str, Any], str]] = []  # the attributes that the last call set
         self.draws = False  # whether the last call drew random numbers
 
-    def __call__(self) -> Any:
-        """Run the model without side effects and return the model's output."""
+    def __call__(self, around: AbstractContextManager[Any] | None = None) -> Any:
+        """Run the model without side effects, inside the context `around`, and return the model's output."""
         with self.running() as run:
-            before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
-            output = run.kept(self.output())
-            self.draws = run.has_drawn()
-            self.rebound = [
-                (own, name)
-                for own, earlier in before
-                for name, value in own.items()
-                if name not in _OF_TORCH and not callable(value) and earlier.get(name, before) is not value
-            ]
-            return output
+            with around or nullcontext():
+                output = self.output()
+            self.draws, self.rebound = run.has_drawn(), run.snapshot.rebound()
+            return run.kept(output)
 
     @contextmanager
     def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
@@ -136,8 +130,11 @@ class Forward:
             flags += [] if firing.nan is None else [(patch, firing.nan)]
         return activation, flags
 
-    def is_heavy(self) -> bool:
-        """Estimate whether arithmetic takes longer than the overhead of calling modules. If so, skipping saves time."""
+    def is_heavy(self, patches: int) -> bool:
+        """Estimate whether the arithmetic for all patches takes much longer than the overhead of calling modules.
+
+        If so, skipping saves time.
+        """
         operations, outputs = 0, [each for each in self.points.values() if each.side == "out" and each.shape]
         inner = {
             ".".join(parts[:end]) for each in outputs for parts in [each.module.split(".")] for end in range(len(parts))
@@ -146,7 +143,7 @@ class Forward:
             if point.module not in inner:
                 channels = point.length("channel") if "channel" in point.axes else point.shape[-1]
                 operations += point.parameters * math.prod(n or 1 for n in point.shape) // (channels or 1)
-        return operations * input_count(self.inputs) > _OPERATIONS * len(outputs)
+        return operations * input_count(self.inputs) * patches > _OPERATIONS * len(outputs)
 
     def ends(self) -> list[Forward]:
         """Return two Forwards: one that runs only on the first row, and one that runs only on the last row.
@@ -216,8 +213,9 @@ def clean_run(
     free = [max_bytes]
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
-        free[0] -= leaf.nbytes
-        seen[name] = Seen(leaf, prefix, keep=free[0] >= 0)
+        with _pop_mode_temporarily():  # `prefix` would otherwise watch the functions that run here
+            free[0] -= leaf.nbytes
+            seen[name] = Seen(leaf, prefix, keep=free[0] >= 0)
         return leaf
 
     first_at: dict[str, Entry] = {}
@@ -227,12 +225,15 @@ def clean_run(
     for name in first_at:
         session.listen(points[name], "patch", partial(note, name))
     taps = {points[name].module for name in first_at if points[name].side == "tap"}
-    with Attached(session):
-        with prefix.remembered(taps, max_bytes, store=store):
-            output = forward()
-        if forward.draws:
-            with prefix.remembered(taps, max_bytes, draws=True):
-                output = forward()
+
+    @contextmanager
+    def noting(*, draws: bool) -> Iterator[None]:
+        with Attached(session), prefix.remembered(taps, max_bytes, draws=draws, store=store):
+            yield
+
+    output = forward(noting(draws=False))
+    if store and forward.draws:
+        output = forward(noting(draws=True))
     session.let_go()
     for each in seen.values():
         each.settle()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..engine.calls import Observed, WrappedMethod
 from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy
 from ..engine.state import Snapshot, random_states, storage
+from ..registry.points import HookPoints
 
 
 class StrategyError(Exception):
@@ -67,8 +68,8 @@ class Prefix:
     the model after each forward pass.
     """
 
-    def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
-        self._model, self._snapshot = model, snapshot
+    def __init__(self, points: HookPoints, snapshot: Snapshot) -> None:
+        self._points, self._model, self._snapshot = points, points.model, snapshot
         self._taps: Collection[str] = ()
         self._free_bytes, self._draws = 0, False
         self.calls: list[Call] = []  # in the order in which the calls have finished
@@ -77,8 +78,7 @@ class Prefix:
         self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values
         self._counts: Counter[nn.Module] = Counter()
         self._spread: Callable[[Call], Any] | None = None
-        self._quiet: dict[nn.Module, bool] = {}
-        self._inside = self._tapped = False
+        self._inside = self._tapped = self._is_wrapped = False
         self.finished = self._skipped = 0  # in the current forward pass: number of finished calls, and of calls to skip
 
     def largest_after(self, number: int) -> int:
@@ -105,10 +105,7 @@ class Prefix:
         self.finished, self.last_read = 0, 0
         for noted in (self.calls, self.steps, self._counts):
             noted.clear()
-        modules = [*self._model.modules()] if store else []
-        all_hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        hooked = {each for each in modules if all_hooked or each._forward_hooks or each._forward_pre_hooks}
-        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in modules}
+        modules = dict.fromkeys(self._without_hooks_inside(self._model)) if store else ()
         with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Watch(self):
             yield
         for call in self.calls:
@@ -130,21 +127,49 @@ class Prefix:
         for call in self.calls[:number]:
             if call.known and call.left:
                 call.left.put_back()  # later modules may read attributes that a skipped module sets
-        with _wrapped({call.module for call in self.calls[:number]}, self._replay):
-            yield
+        try:
+            with self.wrapped(number):
+                yield
+        finally:
+            self._skipped = 0
         if not all(call.unwritten for call in self.calls[:number] if call.known):
             raise StrategyError("a forward pass modified an earlier module's output in place")
+
+    @contextmanager
+    def wrapped(self, number: int) -> Iterator[None]:
+        """Wrap the modules of the first `number` calls, once for all uses of `skipped` inside this context."""
+        if self._is_wrapped:
+            yield
+            return
+        self._is_wrapped = True
+        try:
+            with _wrapped({call.module for call in self.calls[:number]}, self._replay):
+                yield
+        finally:
+            self._is_wrapped = False
+
+    def _without_hooks_inside(self, module: nn.Module, name: str = "") -> Iterator[nn.Module]:
+        """Yield the outermost modules that the traced method calls and whose submodules have no hooks."""
+        hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        inside = [each for each in module.modules() if each is not module]
+        quiet = not (inside and hooked) and not any(each._forward_hooks or each._forward_pre_hooks for each in inside)
+        if quiet and name in self._points.calls:
+            yield module
+        else:
+            for part, child in module.named_children():
+                yield from self._without_hooks_inside(child, f"{name}.{part}".lstrip("."))
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         number = self._counts[module]
         self._counts[module] += 1
-        if self._inside or not self._quiet[module]:
+        if self._inside:
             return forward(*args, **kwargs)
         given = {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
         if any(getattr(part, "inplace", False) for part in module.modules()):
             self._keep_apart(given)
         self._tapped, drawn = False, self._draws and self._random_state()
-        state = Snapshot(module.modules()).note()
+        state = Snapshot(module.modules())
+        state.note() if self._snapshot.contents else state.note_bound()
         output = self._run(forward, *args, **kwargs)
         returned = [*_tensors([output])]
         size = sum(tensor.nbytes for tensor in returned)
@@ -209,7 +234,8 @@ class _Watch(TorchFunctionMode):
         output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
         if name == "__get__" or _caller(1).startswith(_OURS):
             return output
-        if _reads(name, args) and not _caller(1).startswith("torch.distributions"):  # these reads only check arguments
+        always_reads, multiplies = _kind(name)
+        if (always_reads or _reads_by(name, args)) and not _caller(1).startswith("torch.distributions"):  # these reads only check arguments
             prefix.last_read = len(prefix.steps)
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         given = {storage(tensor) for tensor in tensors}
@@ -219,7 +245,7 @@ class _Watch(TorchFunctionMode):
         sizes = [tensor.nbytes for tensor in returned if storage(tensor) not in given]
         size = max([*sizes, _scores(name, args, kwargs or {})])
         count = 0.0
-        if _MULTIPLIES.search(name) and isinstance(output, Tensor):  # exact for matrices with shapes (m, k) and (k, n)
+        if multiplies and isinstance(output, Tensor):  # exact for matrices with shapes (m, k) and (k, n)
             count = 2 * math.sqrt(math.prod(max(1, each.numel()) for each in (*tensors[:2], output)))
             count *= math.sqrt(math.prod(tensors[1].shape[2:])) if "conv" in name else 1.0
         prefix.steps.append((prefix.finished, size, count))
@@ -243,10 +269,16 @@ def _tensors(each: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _reads(name: str, args: tuple[Any, ...]) -> bool:
-    """Return whether a torch function returns a Python value, or a tensor whose shape depends on a tensor's values."""
+@cache
+def _kind(name: str) -> tuple[bool, bool]:
+    """Return whether a torch function always reads a tensor's values, and whether the function multiplies matrices."""
+    return bool(_READS.fullmatch(name)), bool(_MULTIPLIES.search(name))
+
+
+def _reads_by(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether the arguments make a torch function return a tensor whose shape depends on a tensor's values."""
     masks = name == "__getitem__" and any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1:]))
-    return bool(_READS.fullmatch(name) or masks) or (name == "where" and len(args) == 1)
+    return masks or (name == "where" and len(args) == 1)
 
 
 def _caller(depth: int) -> str:

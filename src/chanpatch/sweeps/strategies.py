@@ -81,19 +81,24 @@ class Execution:
             return reasons
         ends = self._drawn(chunks)
         compared = {entry.number: entry for entry in ends}
-        alone = [(entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)]
         why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
         try:
-            for number, chunk in enumerate([chunks[0], *chunks[:0:-1]]):
-                for (entry, _), output in zip(chunk, fold.outputs(chunk, disturbed=not number), strict=True):
-                    if entry.number in compared:
-                        self._compare(entry, output, [each for each in alone if each[0] is entry])
-                    self._measure(entry, output)
-                    if fold.reads:
-                        raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
-                for place, group in folded.items():
-                    if any(group is other for _, other in chunk):
-                        self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
+            with self.forward.undisturbed.shared():
+                alone = [(entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)]
+                first = fold.outputs(chunks[0], disturbed=True)
+            with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
+                for chunk in [chunks[0], *chunks[:0:-1]]:
+                    outputs = first if chunk is chunks[0] else fold.outputs(chunk)
+                    for (entry, _), output in zip(chunk, outputs, strict=True):
+                        if entry.number in compared:
+                            self._compare(entry, output, [each for each in alone if each[0] is entry])
+                        self._measure(entry, output)
+                        if fold.reads:
+                            raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
+                    begun = {id(group) for _, group in chunk}
+                    for place, group in folded.items():
+                        if id(group) in begun:
+                            self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
         except StrategyError as fault:
             for place in folded:
                 self.done.pop(place, None)

@@ -139,7 +139,7 @@ def _run(call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable
     """Run entries, and add their metrics to `found`."""
     points, inputs, keywords, metric, strategy, max_bytes, check_nan = call
     forward = Forward(points, inputs, keywords, check_nan=check_nan)
-    store = strategy != "loop" and (strategy != "auto" or forward.is_heavy())
+    store = strategy != "loop" and (strategy != "auto" or forward.is_heavy(len(entries)))
     output, groups, seen = clean_run(forward, entries, 0 if strategy == "loop" else max_bytes, store=store)
     metrics = Metrics(metric, output, _count(points, output))
     _refuse_attributes(metrics, output, forward)
