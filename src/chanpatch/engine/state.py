@@ -217,12 +217,16 @@ class Snapshot:
 
     def rebound(self) -> list[tuple[dict[str, Any], str]]:
         """List the attributes, as (attributes of a module, name), that were set since `note`; leave out callables."""
-        return [] if not self.changed() else [
-            (own, name)
-            for (_, own), noted in zip(self._owns, self._noted, strict=False)
-            for name, value in own.items()
-            if name not in _OF_TORCH and not callable(value) and noted.get(name, noted) is not value
-        ]
+        return (
+            []
+            if not self.changed()
+            else [
+                (own, name)
+                for (_, own), noted in zip(self._owns, self._noted, strict=False)
+                for name, value in own.items()
+                if name not in _OF_TORCH and not callable(value) and noted.get(name, noted) is not value
+            ]
+        )
 
     def state(self) -> tuple[list[Any], list[Any]]:
         """Return the names and the values of all attributes, buffers, submodules and hooks."""

@@ -153,7 +153,9 @@ class Firing(Located):
                 new = torch.where(mask, new, region)
             if self._check_nan:
                 self._look_for_nan(region, new)
-            patched = written(leaf, self.positions, new)
+            ours = type(self._edit).__module__ == Set.__module__ and not isinstance(self._sets, Tensor)
+            is_new = ours or mask is not None  # an operand, or a tensor from a custom function, must be copied
+            patched = new if is_new and not self.positions else written(leaf, self.positions, new)
         self._count(moment, mask)
         if self._is_constant and self._known is not None:
             self._constant = new
@@ -173,7 +175,7 @@ class Firing(Located):
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
         # The value is read immediately only on the CPU, because reading from another device would synchronize.
-        if inside_vmap(after) or not after.is_cpu or after.isnan().any():
+        if inside_vmap(after) or not after.is_cpu or after.sum().isnan():  # a sum takes no memory
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
 

@@ -65,6 +65,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return len(self._points)
 
     def values(self) -> ValuesView[HookPoint]:
+        """Return the hook points in execution order, without a lookup of each name."""
         return self._points.values()
 
     def select(self, pattern: str) -> HookPoints:

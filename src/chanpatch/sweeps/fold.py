@@ -32,8 +32,8 @@ from .prefix import Call, StrategyError, fresh, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
 _GAIN = 0.9  # the fold is used if its estimated time is less than this fraction of the loop's time
-# Seconds per module that is prepared, torch function, operation and byte, on a CPU (True) or on another device (False). The values are
-# fixed, so the choice of a strategy is deterministic.
+# Seconds per prepared module, torch function, operation and byte, on a CPU (True) or on another device (False). The
+# values are fixed, so the choice of a strategy is deterministic.
 _SECONDS = {True: (1e-5, 1e-5, 3e-11, 1e-10), False: (1e-5, 1e-5, 5e-14, 1e-12)}
 
 
@@ -42,8 +42,7 @@ class Fold:
 
     def __init__(self, forward: Forward, baseline: Any, seen: Mapping[str, Seen], max_bytes: int) -> None:
         self.forward, self.points, self._baseline, self._seen = forward, forward.points, baseline, seen
-        self.session = ContextSession(self.points)
-        self._max_bytes, self._modules = max_bytes, 40 + len(self.session.modules)
+        self._max_bytes, self._modules = max_bytes, 40 + len(self.points.tree().modules)
         outer = [point for point in self.points.values() if not point.module and point.side == "in"]
         self.input_axes = {point.path: point.tensor_batch_axis for point in outer}
         inputs = [(self.input_axes.get(path[1:]), leaf) for path, leaf in leaves(forward.inputs)]
@@ -58,8 +57,8 @@ class Fold:
     def axes(self) -> dict[tuple[nn.Module, int, Path], int | None]:
         """Batch axis of each module output, by module, index of the call, and path in the output."""
         outputs = [point for point in self.points.values() if point.side == "out"]
-        find = self.points.model.get_submodule
-        return {(find(point.module), point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
+        modules = self.points.tree().modules
+        return {(modules[point.module], point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
 
     def obstacle(self, group: Group) -> str:
         """Return the reason why a group cannot be folded, or an empty string."""
@@ -194,11 +193,12 @@ class _Run:
 
     def output(self, skip: int) -> Any:
         """Run the model on all blocks, skipping the first `skip` module calls."""
-        forward, points, session = self.forward, self.forward.points, self.fold.session
+        forward, points = self.forward, self.forward.points
         inputs: Any = forward.inputs
         with refused():  # a container, such as a TensorDict, may have a fixed number of rows
             for path, leaf in [*leaves(inputs)]:
                 inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
+        session = ContextSession(points)
         for name in self._at:
             session.listen(points[name], "patch", functools.partial(self._put, name))
         try:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import _pop_mode_temporarily
 
 from ..engine.inputs import batches, copied_inputs, input_count

@@ -235,7 +235,9 @@ class _Watch(TorchFunctionMode):
         if name == "__get__" or _caller(1).startswith(_OURS):
             return output
         always_reads, multiplies = _kind(name)
-        if (always_reads or _reads_by(name, args)) and not _caller(1).startswith("torch.distributions"):  # these reads only check arguments
+        if (always_reads or _reads_by(name, args)) and not _caller(1).startswith(
+            "torch.distributions"
+        ):  # these reads only check arguments
             prefix.last_read = len(prefix.steps)
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         given = {storage(tensor) for tensor in tensors}

@@ -84,7 +84,9 @@ class Execution:
         why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
         try:
             with self.forward.undisturbed.shared():
-                alone = [(entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)]
+                alone = [
+                    (entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)
+                ]
                 first = fold.outputs(chunks[0], disturbed=True)
             with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
                 for chunk in [chunks[0], *chunks[:0:-1]]:

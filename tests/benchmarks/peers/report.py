@@ -60,7 +60,7 @@ TARGETS = (
     _overhead("a twin's call", 40),
     _overhead("a twin's call, check_nan=False", 15),
     _overhead("entering and leaving a context", 60),
-    Target("channel sums of 10,000 observations", "memory-sums", {"peer": "chanpatch"}, "bytes", 100, " MB"),
+    Target("channel sums of 10,000 observations", "memory-sums", {"peer": "chanpatch"}, "bytes", 40, " MB"),
     Target("import chanpatch", "import", {"peer": "chanpatch"}, "over", 0.3, " s"),
 )
 
