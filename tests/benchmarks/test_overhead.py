@@ -238,6 +238,23 @@ def printed(program):
     return float(done.stdout)
 
 
+@pytest.mark.parametrize("count", [50, 200])
+def test_tracing_a_model_takes_as_long_as_eight_forward_passes(benchmark, one_thread, count):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(count))).eval()
+    inputs, taken = torch.randn(16, 64), []
+    for _ in range(9):
+        start = time.thread_time()
+        hook_points(model, inputs)
+        between = time.thread_time()
+        model(inputs)
+        taken.append((between - start, time.thread_time() - between))
+    ratio = float(np.divide(*np.median(taken, axis=0)))
+    benchmark.pedantic(hook_points, args=(model, inputs), rounds=1)
+    benchmark.extra_info.update(ratio=ratio, target=8)
+    print(f"\nhook_points of {count} blocks takes as long as {ratio:.1f} forward passes, target 8")
+    assert ratio <= 8
+
+
 def test_importing_chanpatch_adds_little_to_importing_torch(benchmark):
     seconds = float(np.median([printed(IMPORTS) for _ in range(5)]))
     benchmark.pedantic(printed, args=(IMPORTS,), rounds=1)

@@ -236,3 +236,11 @@ def inside_vmap(tensor: Tensor) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def storage(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage, or 0 if the tensor does not have a known address."""
+    if tensor.layout == torch.strided and not tensor.is_meta:
+        with suppress(RuntimeError):  # a wrapper around other tensors has no storage
+            return tensor.untyped_storage().data_ptr()
+    return 0

@@ -7,7 +7,6 @@ objects. We do not restore the contents of other objects.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 import random
@@ -23,36 +22,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, dropout
 
 from ..errors import UnsupportedModelError
 from .hooks import is_ours
-from .paths import leaves, replace
+from .paths import leaves, replace, storage
 
 _Each = TypeVar("_Each")
 _ONE_AT_A_TIME = threading.RLock()
-
-
-def training_modules(model: nn.Module) -> list[str]:
-    """List modules in training mode whose outputs may be random, or may depend on other rows or on earlier calls."""
-    named = model.named_modules()
-    return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
-
-
-def depends_on_training(module: nn.Module) -> bool:
-    """Return whether a module's type or code suggests that the module behaves differently in training mode."""
-    kind = type(module)
-    if inspect.unwrap(kind.train) is not nn.Module.train:
-        return True
-    forward: Any = inspect.unwrap(getattr(kind, "forward", nn.Module.forward))
-    if not str(forward.__module__).startswith("torch.nn.modules."):
-        return "training" in getattr(getattr(forward, "__code__", None), "co_names", ())
-    if isinstance(module, dropout._DropoutNd):
-        return module.p > 0
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-        return module.dropout > 0
-    tracks = isinstance(module, batchnorm._NormBase) and module.track_running_stats
-    return tracks or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))
 
 
 class undisturbed:
@@ -421,11 +397,3 @@ def _refill(held: Any, content: Any) -> None:
     else:
         held.clear()
         held.update(content) if isinstance(held, (dict, set)) else held.extend(content)
-
-
-def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or 0 if the tensor does not have a known address."""
-    if tensor.layout == torch.strided and not tensor.is_meta:
-        with suppress(RuntimeError):  # a wrapper around other tensors has no storage
-            return tensor.untyped_storage().data_ptr()
-    return 0

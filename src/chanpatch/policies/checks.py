@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.state import CONTAINERS, Snapshot, depends_on_training, may_be_written, undisturbed
+from ..engine.state import CONTAINERS, Snapshot, may_be_written, undisturbed
+from ..engine.training import depends_on_training
 from ..errors import RolloutError
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, no_module

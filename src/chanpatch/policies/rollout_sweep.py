@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..engine.hooks import Station
 from ..engine.moments import publishing
 from ..engine.paths import leaves
-from ..engine.state import GENERATORS, Snapshot, generator_state, random_states, training_modules
+from ..engine.state import GENERATORS, Snapshot, generator_state, random_states
+from ..engine.training import training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, no_p_among, reference_notes, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -43,11 +43,18 @@ class Trace:
 
     `views` maps places to axis names from the user, which override inferred names. `totals` maps the id of each
     parameter to the parameter's sum before the run. During the run, these sums are compared with the current sums, to
-    detect changed parameters.
+    detect changed parameters. `infers_names` is False for a run of which only the shapes are needed.
     """
 
-    def __init__(self, model: nn.Module, views: Mapping[_Place, View] = {}, totals: Mapping[int, Any] = {}) -> None:
-        self.model, self.views, self._totals = model, views, totals
+    def __init__(
+        self,
+        model: nn.Module,
+        views: Mapping[_Place, View] = {},
+        totals: Mapping[int, Any] = {},
+        *,
+        infers_names: bool = True,
+    ) -> None:
+        self.model, self.views, self._totals, self._infers_names = model, views, totals, infers_names
         self.steady = True  # whether all parameters compared so far are unchanged
         self.fired: list[_Fired] = []
         self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
@@ -66,7 +73,7 @@ class Trace:
             for fired in self.inputs:
                 self._rename(fired)
             observing = Observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap)
-            with self.known, left_twice(observing):
+            with self.known if self._infers_names else nullcontext(), left_twice(observing):
                 getattr(self.model, method)(*args, **kwargs)
         return self
 
@@ -112,7 +119,7 @@ class Trace:
         if tensor.is_nested:
             raise UnsupportedModelError(nested(self.name(fired)))
         self.fired.append(fired)
-        if module is not None:
+        if module is not None and self._infers_names:
             self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
         self._rename(fired)
 
@@ -238,7 +245,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tu
         for path, tensor, axis in growing:
             if tensor.shape[axis] == rows:
                 grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
-        second = Trace(trace.model).run(method, *grown)
+        second = Trace(trace.model, infers_names=False).run(method, *grown)
         shapes = second.shapes()
         return _grown_axes(trace, shapes, rows), shapes
     return {}, {}
@@ -256,7 +263,7 @@ def _free_axes(
     for name, axis in free.items():
         grown = _longer_inputs(trace, name, axis, inputs, keywords)
         try:
-            shapes = Trace(trace.model).run(method, *grown).shapes()
+            shapes = Trace(trace.model, infers_names=False).run(method, *grown).shapes()
         except Exception as fault:
             raise SiteError(
                 f"free={{'{name}': {axis}}}: the model fails with one more entry along this axis: {fault}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..channels import pair_count
 from ..engine.inputs import Inputs, batches
-from ..engine.state import training_modules
+from ..engine.training import training_modules
 from ..errors import SiteError
 from ..labels import site_label
 from ..metrics.measured import Metric, measured

@@ -213,7 +213,8 @@ def clean_run(
     free = [max_bytes]
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
-        with _pop_mode_temporarily():  # `prefix` would otherwise watch the functions that run here
+        # `prefix` would otherwise watch the functions that run here; another thread may have no such mode.
+        with _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext():
             free[0] -= leaf.nbytes
             seen[name] = Seen(leaf, prefix, keep=free[0] >= 0)
         return leaf

@@ -21,8 +21,8 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ..engine.calls import Observed, WrappedMethod
-from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy
-from ..engine.state import Snapshot, random_states, storage
+from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy, storage
+from ..engine.state import Snapshot, random_states
 from ..registry.points import HookPoints
 
 

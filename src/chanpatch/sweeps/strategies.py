@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.paths import Path, leaves, replace
 from ..engine.sessions import Attached, Session
-from ..engine.state import training_modules
+from ..engine.training import training_modules
 from ..errors import EditError, SweepError
 from ..labels import labelled
 from ..metrics.measured import Metrics
