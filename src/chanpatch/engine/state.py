@@ -42,7 +42,8 @@ class undisturbed:
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
         # Without CUDA, no tensor is on a GPU, and there is no need to look at each of them.
-        tensors = itertools.chain(model.parameters(), model.buffers()) if torch.cuda.is_initialized() else ()
+        on_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        tensors = itertools.chain(model.parameters(), model.buffers()) if on_gpu else ()
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
         self.snapshot = Snapshot(model.modules(), *more)
 

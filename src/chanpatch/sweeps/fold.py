@@ -244,7 +244,8 @@ class _Run:
             place = self._disturbed + number
             if len(patches) == 1 and (chosen := _number(patches[0])) is not None:
                 index, value = chosen
-                written[(*index[:axis], place, *index[axis:])] = value
+                index = (*index[:axis], place, *index[axis:])
+                written[index] = value
             else:
                 block, into = blocks.select(axis, place), written.select(axis, place)
                 self._patch(self._entries[number], self._masks[number], patches, block, into)
@@ -287,7 +288,7 @@ def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
     return tensor.unfold(axis, rows, rows).movedim(-1, axis + 1)
 
 
-def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
+def _number(patch: Patch) -> tuple[tuple[int | slice | list[int], ...], float] | None:
     """For a patch that sets a region to a finite number, return the region's index and the number; otherwise None."""
     site, value = patch.site, patch.edit.value if type(patch.edit) is Set else None
     if patch.where is not None or not isinstance(value, Real) or not math.isfinite(value):
@@ -295,7 +296,7 @@ def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
     several = [axis for axis, chosen in site.indices if not isinstance(chosen, tuple) or len(chosen) > 1]
     if site.point is None or site.point.lens is not None or len(several) > 1 or "batch" in dict(site.indices):
         return None  # torch would pair the entries of several index lists
-    index: list[slice | list[int]] = [slice(None)] * len(site.point.axes)
+    index: list[int | slice | list[int]] = [slice(None)] * len(site.point.axes)
     for axis, chosen in site.indices:
         if not isinstance(chosen, tuple):
             return None
