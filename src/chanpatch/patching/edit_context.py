@@ -30,8 +30,8 @@ class Context:
         inputs: Tuple of the arguments of the current call to the model; for a policy, the observations come first.
         step: Index of the current step of the rollout; None outside a rollout.
         call: Index of the current call to the module within the current call to the model.
-        forward: Index of the current call to the model within a rollout step. If a method of a patched policy, such as
-            `generate`, runs several forward passes, the index of the forward pass within that method. Otherwise 0.
+        forward: In a rollout, index of the current call to the model within the step. In a method of a patched policy
+            that runs several forward passes, such as `generate`, index of the forward pass. In all other cases, 0.
         label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
 

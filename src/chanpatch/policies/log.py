@@ -113,7 +113,7 @@ class Log:
             self._kept[_STATE][play] = state
 
     def played(self) -> Rollout:
-        """Return one rollout of all plays in this process; its settings include the names of the infos."""
+        """Merge the episodes played in this process into one rollout, whose settings include the names of the infos."""
         self.actions, self.seen, self.rewards = map(_by_play, (self.taken, self.checked, self.gained))
         self.lengths = np.array([*map(len, self.actions)])
         settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}

@@ -115,8 +115,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
             return NotImplemented
         if self._whole or other._whole or [*self] != [*other]:
             raise RolloutError(
-                "Two parts of a comparison can be joined only if they have the same policies in the same order, and "
-                f"before top(); got {', '.join(map(repr, self))} and {', '.join(map(repr, other))}."
+                "Two parts of a comparison can be joined only if they have the same policies in the same order; got "
+                f"{', '.join(map(repr, self))} and {', '.join(map(repr, other))}. Join the parts before you call top()."
             )
         return replace(self, **self._joined(other))
 
