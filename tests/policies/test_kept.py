@@ -229,7 +229,9 @@ def test_parts_that_are_not_parts_of_one_comparison_are_refused():
             one + other
         assert message is None or str(caught.value) == message
     assert str(caught.value)
-    with pytest.raises(RolloutError, match="only if they have the same policies in the same order; got .* before you call top"):
+    with pytest.raises(
+        RolloutError, match="only if they have the same policies in the same order; got .* before you call top"
+    ):
         one + swept([7]).top(2)
     with pytest.raises(TypeError):
         one + one["original"]
