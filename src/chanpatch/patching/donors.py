@@ -94,7 +94,7 @@ class Donor:
 
 
 def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tuple[Patch, ...]:
-    """Return the patches, in which all patches with the same donor function use one Donor, and so one forward pass.
+    """Return the patches, changed so that patches with the same donor function share one Donor and one forward pass.
 
     `forwards` is the counter for the donors' forward passes.
     """

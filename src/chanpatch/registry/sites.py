@@ -278,7 +278,7 @@ def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Lens that replaces one axis of a hook point by an axis `component` of coordinates in a basis."""
+    """Lens that replaces one axis of a hook point with an axis `component`, which contains coordinates in a basis."""
 
     base: HookPoint
     axis: int
@@ -325,7 +325,7 @@ def coordinates(site: Site, point: HookPoint) -> HookPoint:
             encoded = basis.encode(example)
             decoded = basis.decode(encoded)
         if encoded.dim() != 2 or decoded.shape != example.shape or decoded.dtype != example.dtype:
-            raise ValueError(f"encode and decode map {_kind(example)} to {_kind(encoded)} and back to {_kind(decoded)}")
+            raise ValueError(f"encode maps {_kind(example)} to {_kind(encoded)}, which decode maps to {_kind(decoded)}")
     except (RuntimeError, ValueError, TypeError) as fault:
         raise SiteError(
             f"{type(basis).__name__} does not fit axis '{axis}' of hook point '{point.name}', which has length "
