@@ -154,12 +154,12 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "unknown name in a small model": (
         errors.HookPointError,
         lambda: BRANCHING_POINTS["middle"],
-        "No hook point named 'middle'. (Hook points that fired: .in[0], left.in[0], left, .out.)",
+        "No hook point named 'middle'. (The hook points are .in[0], left.in[0], left, .out.)",
     ),
     "a module that was not called": (
         errors.HookPointError,
         lambda: BRANCHING_POINTS.site("right"),
-        "Hook point 'right' never fired: the traced forward pass did not call that module. (Hook points that fired: "
+        "'right' is not a hook point, because the traced forward pass did not call that module. (The hook points are "
         ".in[0], left.in[0], left, .out.) To trace another path through the model, call hook_points() with other "
         "inputs or another method.",
     ),
@@ -224,7 +224,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no index": (
         errors.SiteError,
         lambda: Site("conv1", channel=1.5),
-        "Site('conv1', channel=1.5): an index must be an int, a slice, a label, a sequence, or a boolean mask.",
+        "Site('conv1', channel=1.5): an index must be an int, a slice, a label, a list of ints or labels, or a boolean "
+        "mask.",
     ),
     "an axis without a known length": (
         errors.SiteError,
@@ -418,12 +419,13 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "parameters that do not exist yet": (
         errors.UnsupportedModelError,
         lambda: hook_points(nn.Sequential(nn.LazyLinear(2)), torch.zeros(2, 2)),
-        "'0.weight' is lazy, so its shape is unknown until the first call. Call the model once before tracing.",
+        "The weight '0.weight' is lazy, so its shape is unknown until the first call. Call the model once "
+        "before tracing.",
     ),
     "a nested input": (
         errors.UnsupportedModelError,
         lambda: hook_points(nn.Identity(), torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)),
-        "Hook point '.in[0]' is a nested tensor, which has no regular shape. Pass padded inputs. If a "
+        "The value at hook point '.in[0]' is a nested tensor, which has no fixed shape. Pass padded inputs. If a "
         "TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False.",
     ),
     "a tap with a hook point's name": (
@@ -434,18 +436,19 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mapping that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(MappingProxyType({"a": torch.zeros(2)}), (Item("a"),), torch.zeros(2)),
-        "Cannot copy a mappingproxy to replace [\"a\"] (cannot pickle 'mappingproxy' object). Have the module return "
-        "a dict instead.",
+        'The value at ["a"] in an object of type mappingproxy cannot be replaced, because the object cannot be copied '
+        "(cannot pickle 'mappingproxy' object). Use a dict instead of the mappingproxy.",
     ),
     "a distribution that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(Halved(torch.tensor([0.0, 4.0])), (Attr("logits"),), torch.zeros(2)),
-        "Halved is not a torch.distributions class, so it cannot be rebuilt.",
+        "Halved is not a torch.distributions class, so chanpatch cannot create a copy with other parameters. Have "
+        "the model return a torch.distributions class, or the parameters as tensors.",
     ),
     "a region of a sparse tensor": (
         errors.UnsupportedModelError,
         lambda: read(torch.eye(2).to_sparse(), {0: slice(0, 1)}),
-        "Cannot select part of a sparse_coo tensor. Use the whole hook point, or make the tensor dense in the model: "
+        "Cannot select part of a sparse_coo tensor. Use a site without indices, or make the tensor dense in the model: "
         "tensor.to_dense().",
     ),
     "a mean over an axis that is not there": (
@@ -480,7 +483,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
         "resample_ablate at Site('.out') needs a known batch axis. The trace could not identify the batch axis at "
-        "'.out': no single axis grew when the model ran with one more row. Name the axes of the model's input: "
+        "'.out': no single axis grew when the model ran with one more input. Name the axes of the model's input: "
         "hook_points(..., axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
@@ -617,7 +620,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
         lambda: read(masked_tensor(torch.eye(2), torch.eye(2) > 0), {0: slice(0, 1)}),
-        "Cannot select part of a masked tensor. Use the whole hook point, or make the tensor dense in the model: "
+        "Cannot select part of a masked tensor. Use a site without indices, or make the tensor dense in the model: "
         "tensor.to_tensor(0.0).",
     ),
     "an adapter that was merged on one side": (
@@ -701,7 +704,7 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() "
+        "There is no tensor at '0.out[0]' in this forward pass: found NoneType in Tensor. Call hook_points() "
         "with inputs like the ones in this forward pass, and use the listed names."
     )
 

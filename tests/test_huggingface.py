@@ -335,13 +335,13 @@ def test_the_two_lengths_of_an_encoder_and_a_decoder_are_free_if_they_are_equal_
         (
             IDS[:, :3],
             lambda model: {},
-            "the first input has shape (3, 3). The length of axis 1 must be at least 2 and differ from the number of "
-            "rows. Trace with other example inputs.",
+            "the first input has shape (3, 3). The length of axis 1 must be at least 2 and differ from the batch "
+            "size. Trace with other example inputs.",
         ),
         (
             IDS,
             lambda model: {"past_key_values": model(IDS).past_key_values},
-            "the inputs contain a DynamicCache, whose length would not grow. Trace without this cache.",
+            "the inputs contain a cache (DynamicCache), whose length would not grow. Trace without this cache.",
         ),
         (
             IDS,

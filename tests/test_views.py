@@ -240,7 +240,7 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels(points):
     with pytest.raises(SiteError) as caught:
         points.site("qkv", part="w")
     assert str(caught.value) == "Site('qkv', part='w'): part has no label 'w'. The labels are q, k, v."
-    with pytest.raises(SiteError, match="head='q' is a label, but head has no labels"):
+    with pytest.raises(SiteError, match="head='q' uses labels, but head has no labels"):
         points.site("qkv", head="q")
 
 
@@ -281,12 +281,12 @@ def test_a_fixed_axis_is_not_free(model, points, x):
 @pytest.mark.parametrize(
     ("shape", "free", "message"),
     [
-        ((3, 3, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
-        ((3, 1, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the number of rows"),
+        ((3, 3, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the batch size"),
+        ((3, 1, 8), {"position": 1}, "axis 1 must be at least 2 and differ from the batch size"),
         ((3, 5, 8), {"position": 0}, "the batch axis can already have any length"),
         ((3, 5, 8), {"batch": 1}, "the batch axis can already have any length"),
         ((3, 5, 8), {"position": 5}, "the first input has no axis 5"),
-        ((3, 5, 8), {"feature": 2}, "the model fails with one more entry along this axis"),
+        ((3, 5, 8), {"feature": 2}, "the model fails if the length of this axis increases by 1"),
     ],
 )
 def test_an_axis_that_cannot_be_free_is_an_error(model, shape, free, message):

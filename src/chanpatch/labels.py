@@ -82,8 +82,9 @@ def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
             owner = state_of(function) if callable(function) else None
             if owner is not None and known.setdefault(id(owner), label) != label:
                 raise EditError(
-                    f"{edit_name(function)} is used under two labels, {known[id(owner)]!r} and {label!r}, so the two "
-                    "labels would share its state. Use a separate object for each label, or a plain function."
+                    f"{edit_name(function)} is used under two labels, {known[id(owner)]!r} and {label!r}, so the "
+                    "patches with these labels would share its state. Use a separate object for each label, or a "
+                    "plain function."
                 )
 
 

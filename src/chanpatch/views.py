@@ -98,7 +98,7 @@ def view(pattern: str, **lengths: int | Sequence[str]) -> View:
     if twice := [axis for axis in axes if axes.count(axis) > 1]:
         raise SiteError(f"{subject} has two axes named '{twice[0]}'. Give each axis its own name.")
     if unknown := [axis for axis in lengths if axis not in axes]:
-        raise SiteError(f"{subject} has no axis '{unknown[0]}', but a length was passed for '{unknown[0]}'.")
+        raise SiteError(f"{subject} has no axis '{unknown[0]}'. Add the axis to the pattern, or omit {unknown[0]}=.")
     labels = {axis: tuple(each) for axis, each in lengths.items() if isinstance(each, Sequence)}
     sizes: dict[str, Any] = {axis: len(labels[axis]) if axis in labels else each for axis, each in lengths.items()}
     for axis, size in sizes.items():

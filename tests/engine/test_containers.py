@@ -175,8 +175,8 @@ def test_a_users_dict_is_filled_as_without_patches():
 
 
 WRITES = (
-    "This {} writes to its input {} while an entry of that input is patched. Patches apply to a copy, so the caller "
-    "would not see the writes. Patch the module that computes the entry instead, or patch inside this module."
+    "This {} writes to its input {}, in which a tensor is patched. The patch applies to a copy of the input, so the "
+    "caller would not see the writes. Patch the module that computes the tensor instead, or patch inside this module."
 )
 
 

@@ -133,7 +133,7 @@ def test_a_pre_hook_of_the_model_itself_that_comes_too_late_is_an_error_in_one_c
     with patched(points, zero_ablate(points.site(".in[0]", feature=1))):
         net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
         with pytest.raises(
-            UnsupportedModelError, match="A pre-hook was registered on this Net after the context was opened"
+            UnsupportedModelError, match="A pre-hook was registered on this Net while a patch was active"
         ):
             net(vectors)
         found = net(vectors)

@@ -89,7 +89,7 @@ def test_a_twin_patches_and_the_policy_does_not(policy, points):
 
 def test_an_input_of_a_module_that_writes_its_results_beside_it_is_not_patched(policy, points):
     given = observed(5)
-    with pytest.raises(UnsupportedModelError, match="writes to its input TensorDict while an entry"):
+    with pytest.raises(UnsupportedModelError, match="writes to its input TensorDict, in which a tensor"):
         with patched(points, zero_ablate(points.site('.in[0]["observation"]', feature=2))):
             policy(given)
     assert torch.equal(given["observation"], observed(5)["observation"])

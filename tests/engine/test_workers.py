@@ -235,7 +235,7 @@ def test_without_cloudpickle_a_local_model_class_and_a_hook_are_rejected_by_name
 def test_an_object_that_cannot_be_pickled_is_rejected(threads) -> None:
     points, observations = mlp()
     metric = functools.partial(lambda file, output: output[:, 0], sys.stdout)
-    with pytest.raises(ExecutorError, match="^The call cannot be sent to workers .* Remove objects that cannot be"):
+    with pytest.raises(ExecutorError, match="^The model, .* cannot be pickled, .* Remove files, locks and"):
         sweep(points, observations, patches=ablations(points), metric=metric, executor=threads)
 
 
@@ -250,12 +250,12 @@ def test_a_model_with_an_open_context_is_rejected(threads, context) -> None:
 
 def test_what_is_not_an_executor_or_forks_is_rejected() -> None:
     points, observations = mlp()
-    with pytest.raises(TypeError, match="^executor must be a concurrent.futures.Executor.*; got int.$"):
+    with pytest.raises(TypeError, match="^executor= must be a concurrent.futures.Executor.*; got int.$"):
         sweep(points, observations, patches=ablations(points), metric=first_logit, executor=2)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as forks, pytest.raises(ExecutorError) as caught:
         sweep(points, observations, patches=ablations(points), metric=first_logit, executor=forks)
     assert str(caught.value) == (
-        "The executor forks its workers, and a forked copy of torch can hang. Spawn the workers: "
+        "The executor forks its worker processes, and torch can hang in a forked process. Spawn the processes: "
         'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).'
     )
 
@@ -275,8 +275,8 @@ def test_settings_of_torch_that_change_results_must_be_equal(threads) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ExecutorError) as caught:
         sweep(points, observations, patches=ablations(points), metric=first_logit, executor=threads)
     assert str(caught.value) == (
-        "torch.is_autocast_enabled('cpu') is True in your process, but False in a worker, so the results would differ. "
-        "Use the same setting in both, for example with ProcessPoolExecutor(initializer=...)."
+        "torch.is_autocast_enabled('cpu') is True in your process, but False in a worker, so results could differ. "
+        "Use the same setting in both, for example by passing initializer= to ProcessPoolExecutor."
     )
 
 
@@ -319,9 +319,9 @@ def test_a_lost_task_is_submitted_once_more() -> None:
         executor.count = 20
         channel_sums(points, observations, "1", batch_size=2, executor=executor)
     assert str(caught.value) == (
-        "The executor lost 3 of 3 parts (OSError: connection lost). Not computed: 'inputs[0:2]', 'inputs[2:4]', "
-        "'inputs[4:6]'. Repeat the call with a new executor to compute only these. If workers run out of memory, use "
-        "fewer."
+        "The executor lost 3 of 3 tasks (OSError: connection lost), so these results were not computed: 'inputs[0:2]', "
+        "'inputs[2:4]', 'inputs[4:6]'. Repeat the call with a new executor to compute only the missing results. If the "
+        "workers ran out of memory, use fewer workers."
     )
 
 

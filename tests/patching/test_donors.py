@@ -510,7 +510,7 @@ def test_two_labels_may_not_share_a_donor_with_state(policy: Policy) -> None:
 
     points, donor = hook_points(policy, torch.zeros(2, 4)), Counting()
     patches = {number: patch_in(points.site("relu", feature=number), donor=donor) for number in range(2)}
-    with pytest.raises(EditError, match="Counting is used under two labels, 0 and 1, so the two labels would share"):
+    with pytest.raises(EditError, match="Counting is used under two labels, 0 and 1, so the patches with these labels"):
         sweep(points, torch.zeros(2, 4), patches=patches, metric=logit_difference(0, 1))
 
 

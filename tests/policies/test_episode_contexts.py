@@ -368,8 +368,8 @@ def test_a_callable_object_as_edit_under_two_labels_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         rollout_sweep(points, walks(), SEEDS, dict.fromkeys(["one", "two"], edit(site, previous)), max_steps=9)
     assert str(caught.value) == (
-        "Previous is used under two labels, 'one' and 'two', so the two labels would share its state. Use a separate "
-        "object for each label, or a plain function."
+        "Previous is used under two labels, 'one' and 'two', so the patches with these labels would share its "
+        "state. Use a separate object for each label, or a plain function."
     )
 
 

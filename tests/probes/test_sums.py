@@ -247,6 +247,6 @@ def test_sums_of_neither_a_model_nor_its_hook_points_are_refused():
 
 def test_a_model_without_any_batch_cannot_be_traced():
     with pytest.raises(
-        errors.BatchAxisError, match="There are no inputs to trace the model with. Pass at least one batch."
+        errors.BatchAxisError, match="The inputs are empty, so the model cannot be traced. Pass at least one batch."
     ):
         channel_sums(nn.Linear(2, 2), [], "")

@@ -265,14 +265,14 @@ def test_matrices_are_saved_and_modules_are_refused(tmp_path, model, points, x, 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: Site("1").along("channel", Directions(torch.eye(4))), "has no trace"),
+        (lambda p: Site("1").along("channel", Directions(torch.eye(4))), "is not traced"),
         (
             lambda p: p.site("1", channel=0).along("channel", Directions(torch.eye(4))),
             "already has a basis or an index",
         ),
         (lambda p: p.site("1").along("chanel", Directions(torch.eye(4))), "Did you mean 'channel'"),
-        (lambda p: p.site("1").along("channel", Directions(torch.eye(5))), "which has length 4"),
-        (lambda p: p.site("1").along("channel", Directions(torch.eye(4).double())), "does not fit axis 'channel'"),
+        (lambda p: p.site("1").along("channel", Directions(torch.eye(5))), "length 4, torch.float32"),
+        (lambda p: p.site("1").along("channel", Directions(torch.eye(4).double())), "does not fit the axis 'channel'"),
         (lambda p: p.site("1").along("channel", torch.eye(4)), "needs the methods encode and decode"),
         (lambda p: p.site("1").along("channel", Directions(torch.eye(4)), component=4), "component 4 is out of range"),
         (lambda p: Directions(torch.zeros(1, 4)), "linearly independent"),

@@ -164,7 +164,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern as the name of one": (
         lambda: POINTS.site("h.*", feature=0),
-        "'h.*' is a pattern, but one hook point is expected. Use a name from points.select('h.*').",
+        "'h.*' is a pattern, but a hook point is expected. Use a name from points.select('h.*').",
     ),
     "a pattern for a bare model": (
         lambda: recording(MODEL, "h.*").__enter__(),

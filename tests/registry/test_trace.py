@@ -142,7 +142,7 @@ class Branch(nn.Module):
 def test_a_module_that_is_not_called_is_no_hook_point_but_known():
     points = hook_points(Branch(), torch.randn(2, 6))
     assert points.not_called == ("critic",)
-    with pytest.raises(HookPointError, match="'critic' never fired"):
+    with pytest.raises(HookPointError, match="'critic' is not a hook point"):
         points["critic"]
 
 
@@ -662,6 +662,6 @@ def test_a_cache_is_copied_for_each_run_and_one_with_gradients_is_refused():
     with pytest.raises(UnsupportedModelError) as caught:
         hook_points(model, x, KeptKeys(model.layer(torch.randn(3, 4, 2))))
     assert str(caught.value) == (
-        "A KeptKeys among the inputs contains tensors that require gradients, so it cannot be copied for each forward "
-        "pass. Create the KeptKeys under torch.no_grad()."
+        "An input of type KeptKeys contains tensors that require gradients, so the input cannot be copied for each "
+        "forward pass. Create the KeptKeys under torch.no_grad()."
     )

@@ -165,8 +165,8 @@ class Station:
         if late:
             self.order()
             raise UnsupportedModelError(
-                f"A pre-hook was registered on this {type(module).__name__} after the context was opened, and would "
-                "see the patched input. Register the hook before you open the context, or call the model again."
+                f"A pre-hook was registered on this {type(module).__name__} while a patch was active, and would "
+                "receive the patched input. Register the pre-hook before you apply the patch, or repeat this call."
             )
         given: Any = (args, kwargs)
         changed = given
@@ -193,9 +193,9 @@ class Station:
             copy, before = self._copied.pop(id(container), (None, []))
             if copy is container and not holds(container, before):
                 raise UnsupportedModelError(
-                    f"This {type(module).__name__} writes to its input {type(container).__name__} while an entry of "
-                    "that input is patched. Patches apply to a copy, so the caller would not see the writes. Patch the "
-                    "module that computes the entry instead, or patch inside this module."
+                    f"This {type(module).__name__} writes to its input {type(container).__name__}, in which a tensor "
+                    "is patched. The patch applies to a copy of the input, so the caller would not see the writes. "
+                    "Patch the module that computes the tensor instead, or patch inside this module."
                 )
         if self._hooks == 1:
             self._end(failed=failed)

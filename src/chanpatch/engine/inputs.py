@@ -94,6 +94,6 @@ def _copied(argument: Any, memo: dict[int, Any]) -> Any:
             return argument
     kind = type(argument).__name__
     raise UnsupportedModelError(
-        f"A {kind} among the inputs contains tensors that require gradients, so it cannot be copied for each forward "
-        f"pass. Create the {kind} under torch.no_grad()."
+        f"An input of type {kind} contains tensors that require gradients, so the input cannot be copied for each "
+        f"forward pass. Create the {kind} under torch.no_grad()."
     )

@@ -117,7 +117,8 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         changed[step.key] = child
     except TypeError as fault:  # a read-only view, such as types.MappingProxyType
         raise UnsupportedModelError(
-            f"Cannot copy a {type(tree).__name__} to replace {step} ({fault}). Have the module return a dict instead."
+            f"The value at {step} in an object of type {type(tree).__name__} cannot be replaced, because the object "
+            f"cannot be copied ({fault}). Use a dict instead of the {type(tree).__name__}."
         ) from fault
     return changed
 
@@ -198,7 +199,10 @@ def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distri
     """Return a new distribution in which `parameter` replaces the parameter stored in the attribute `changed`."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
-        raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")
+        raise UnsupportedModelError(
+            f"{kind.__name__} is not a torch.distributions class, so chanpatch cannot create a copy with other "
+            "parameters. Have the model return a torch.distributions class, or the parameters as tensors."
+        )
     derived = set().union(*_ALTERNATIVES) - set(_parameters(distribution))
     derived |= set().union(*(each for each in _ALTERNATIVES if changed in each))
     kept = {name: getattr(distribution, attribute) for name, attribute in _constructor(kind).items()
@@ -223,7 +227,7 @@ def read_only(name: str) -> str:
 def nested(name: str) -> str:
     """Return the error message for the hook point `name`, whose tensor is a nested tensor."""
     return (
-        f"Hook point '{name}' is a nested tensor, which has no regular shape. Pass padded inputs. If a "
+        f"The value at hook point '{name}' is a nested tensor, which has no fixed shape. Pass padded inputs. If a "
         "TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
     )
 

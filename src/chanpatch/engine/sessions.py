@@ -76,7 +76,7 @@ class Listener:
             leaf = None
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
-                f"Hook point '{self.place.name}' is not a tensor in this forward pass: found {type(leaf).__name__} in "
+                f"There is no tensor at '{self.place.name}' in this forward pass: found {type(leaf).__name__} in "
                 f"{type(tree).__name__}. Call hook_points() with inputs like the ones in this forward pass, and use "
                 "the listed names."
             )
@@ -299,7 +299,7 @@ class Session:
     def check_owner(self) -> None:
         """Raise ConcurrencyError if the model may not be called from the current thread or the current asyncio task."""
         if self._is_elsewhere():
-            where = "thread" if threading.get_ident() != self._thread else "task"
+            where = "thread" if threading.get_ident() != self._thread else "asyncio task"
             raise ConcurrencyError(
                 f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
                 f"{where} that runs the model, or use a separate PatchedPolicy for each {where}."
@@ -347,8 +347,8 @@ class Session:
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
-                    f"'{place.name}' has a call index, but {type(self.root).__name__} was not called through "
-                    f"'{self.method}', so calls cannot be counted. Trace the method that you call: "
+                    f"'{place.name}' is call {place.call} of '{place.module}', but {type(self.root).__name__} was not "
+                    f"called through '{self.method}', so calls cannot be counted. Trace the method that you call: "
                     'hook_points(model, *inputs, method="name").'
                 )
             return True
@@ -356,8 +356,8 @@ class Session:
             known = self.calls[place.module]
             raise TraceMismatchError(
                 f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in this model call, but "
-                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like the ones in this "
-                "forward pass."
+                f"{known} time{'s' * (known != 1)} when the model was traced. Call hook_points() with inputs like the "
+                "ones in this call."
             )
         if place.call is None and self.call > 0:
             raise HookPointError(

@@ -179,8 +179,9 @@ def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[
                 (function, call, settings, states), part = _loaded(_kept[[*sent][-1]]), _loaded(task)
             except Exception as fault:
                 raise ExecutorError(
-                    f"A worker cannot load the call ({type(fault).__name__}: {fault}). Workers must be able to import "
-                    "every module that defines a function or class in the call, and have the same devices."
+                    f"A worker could not load the data that it received ({type(fault).__name__}: {fault}). Workers "
+                    "must have the same devices as your process, and must be able to import every module that defines "
+                    "a function or class that you pass."
                 ) from fault
             _compare(settings)
             _set_random_states(states)
@@ -225,8 +226,9 @@ def _packed(tree: Any, known: Mapping[int, tuple[str, str]] | None = None) -> by
         if isinstance(fault, ChanpatchError):
             raise
         raise ExecutorError(
-            f"The call cannot be sent to workers ({type(fault).__name__}: {fault}). Remove objects that cannot be "
-            "pickled (files, locks, environments) from the model, the patches and the functions."
+            "The model, the patches or another argument cannot be pickled, and so cannot be sent to workers "
+            f"({type(fault).__name__}: {fault}). Remove files, locks and environments from all arguments, including "
+            "the variables that functions use."
         ) from fault
     return data.getvalue()
 
@@ -253,7 +255,8 @@ def _not_importable(item: Any) -> ExecutorError:
     kind = "class" if isinstance(item, type) else "function"
     return ExecutorError(
         f"The {kind} {item.__qualname__} in {item.__module__} cannot be sent to workers, because workers cannot import "
-        f"it. Define the {kind} at the top level of a module, or install cloudpickle: pip install chanpatch[parallel]"
+        f"it. Define the {kind} at the top level of a file that workers can import, or install cloudpickle: "
+        "pip install chanpatch[parallel]"
     )
 
 
@@ -300,8 +303,8 @@ def _compare(settings: Mapping[str, Any]) -> None:
     for name, own in _settings().items():
         if settings[name] != own:
             raise ExecutorError(
-                f"{name} is {settings[name]} in your process, but {own} in a worker, so the results would differ. Use "
-                "the same setting in both, for example with ProcessPoolExecutor(initializer=...)."
+                f"{name} is {settings[name]} in your process, but {own} in a worker, so results could differ. Use the "
+                "same setting in both, for example by passing initializer= to ProcessPoolExecutor."
             )
 
 
@@ -323,13 +326,13 @@ def _check(executor: Executor) -> None:
     """Raise an error if the executor is not an executor, or if its worker processes are forked."""
     if not isinstance(executor, Executor):
         raise TypeError(
-            "executor must be a concurrent.futures.Executor, such as ProcessPoolExecutor or dask's "
-            f"Client.get_executor(); got {type(executor).__name__}."
+            "executor= must be a concurrent.futures.Executor, such as a ProcessPoolExecutor or the result of "
+            f"get_executor() from a dask Client; got {type(executor).__name__}."
         )
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         raise ExecutorError(
-            "The executor forks its workers, and a forked copy of torch can hang. Spawn the workers: "
+            "The executor forks its worker processes, and torch can hang in a forked process. Spawn the processes: "
             'ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")).'
         )
 
@@ -340,8 +343,9 @@ def _lost(faults: Mapping[int, BaseException], labels: Sequence[Sequence[Any]]) 
     fault = next(iter(faults.values()))
     named = ", ".join(map(repr, lost[:_SHOWN])) + f" and {len(lost) - _SHOWN} more" * (len(lost) > _SHOWN)
     error = ExecutorError(
-        f"The executor lost {len(faults)} of {len(labels)} parts ({type(fault).__name__}: {fault}). Not computed: "
-        f"{named}. Repeat the call with a new executor to compute only these. If workers run out of memory, use fewer."
+        f"The executor lost {len(faults)} of {len(labels)} tasks ({type(fault).__name__}: {fault}), so these results "
+        f"were not computed: {named}. Repeat the call with a new executor to compute only the missing results. If the "
+        "workers ran out of memory, use fewer workers."
     )
     error.lost = lost
     return error

@@ -32,7 +32,8 @@ class Directions:
 
     def __init__(self, matrix: Tensor) -> None:
         if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.dim() not in (1, 2):
-            raise SiteError("Directions expects a floating-point tensor with shape (component, axis).")
+            got = f"{matrix.dtype} {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise SiteError(f"Directions expects a floating-point tensor with shape (component, axis); got {got}.")
         if matrix.requires_grad:
             raise SiteError(
                 "The matrix requires a gradient, but Directions cannot train the matrix, because Directions inverts it "
@@ -42,9 +43,9 @@ class Directions:
         exact = self.matrix.double()
         if not exact.isfinite().all() or torch.linalg.matrix_rank(exact) < len(exact):
             raise SiteError(
-                f"Directions expects finite, linearly independent directions, but the {len(exact)} rows of the matrix "
-                f"with shape {tuple(self.matrix.shape)} are not. Remove rows that are zero or are combinations of "
-                "other rows."
+                "Directions expects rows that are finite and linearly independent, but the rows of this matrix with "
+                f"shape {tuple(self.matrix.shape)} are not. Remove rows that are zero, contain NaN or infinity, or are "
+                "linear combinations of other rows."
             )
         self._inverse = _fixed(torch.linalg.pinv(exact).to(matrix.dtype))
 
@@ -91,12 +92,14 @@ class PCA(Directions):
         number = -1
         if not isinstance(activations, Tensor):
             if len(activations) != 1:
-                raise SiteError(f"PCA.fit expects a cache with one site, but this cache has {len(activations)} sites.")
+                raise SiteError(f"PCA.fit expects a cache with one site, but this cache has {len(activations)}.")
             ((site, activation),) = activations.items()
             axes = activations.axes(site)  # type: ignore[attr-defined]
             named = [each for each in ("channel", "feature") if each in axes] if axis is None else [axis]
             if len(named) != 1 or named[0] not in axes:
-                raise SiteError(f"PCA.fit needs one axis of {site!r}. Pass axis=, one of {', '.join(axes)}.")
+                raise SiteError(
+                    f"PCA.fit needs one axis of {site!r}; got axis={axis!r}. Pass one of these axes: {', '.join(axes)}."
+                )
             activations, number = activation, axes.index(named[0])
         samples = activations.detach().movedim(number, -1).flatten(0, -2).double()
         if type(count) is not int or not 1 <= count <= min(len(samples) - 1, samples.shape[1]):

@@ -65,11 +65,14 @@ def selection_of(name: str, axis: str, index: Any) -> Selection:
         if all(isinstance(value, (bool, np.bool_)) for value in values):
             if any(values):
                 return Flags(tuple(map(bool, values)))
-            raise SiteError(f"Site({name!r}, {axis}=...): the mask over {axis} selects nothing.")
+            raise SiteError(
+                f"Site({name!r}, {axis}=...): the mask over {axis} selects nothing. Set at least one value to True."
+            )
         if all(isinstance(value, str) for value in values):
             return Labels(tuple(values))
     raise SiteError(
-        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a label, a sequence, or a boolean mask."
+        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a label, a list of ints or labels, or a "
+        "boolean mask."
     )
 
 
@@ -83,7 +86,7 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
     Raise ValueError if the selection is not valid for this axis.
     """
     if isinstance(selection, Labels):
-        raise ValueError(f"{axis}={shown(selection)} is a label, but {axis} has no labels. Pass an index")
+        raise ValueError(f"{axis}={shown(selection)} uses labels, but {axis} has no labels, so pass integers")
     if isinstance(selection, Flags):
         if len(selection.values) != length:
             raise ValueError(f"the mask over {axis} has length {len(selection.values)}")

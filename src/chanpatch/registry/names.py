@@ -61,9 +61,9 @@ def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[st
 
     if name.endswith(("attn.hook_pattern", "attn.hook_attn_scores")):
         return (
-            f"'{name}' is a name from TransformerLens. Here, the attention function computes this tensor. With "
-            "attn_implementation='eager', you can record the pattern as an output of the attention module. To patch "
-            "the pattern, call tap() in the attention function."
+            f"'{name}' is a name from TransformerLens. In this model, that tensor is a local variable of the attention "
+            "function. With attn_implementation='eager', you can record the pattern as an output of the attention "
+            "module. To patch the pattern, call tap() in the attention function."
         )
     if own := own_name(name, known):
         return f"'{name}' is a name from TransformerLens. In this model, the name is {own}."

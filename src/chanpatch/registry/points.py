@@ -136,15 +136,16 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if name in self.not_called:
             return (
-                f"Hook point '{name}' never fired: the traced forward pass did not call that module. {self._advice()} "
-                "To trace another path through the model, call hook_points() with other inputs or another method."
+                f"'{name}' is not a hook point, because the traced forward pass did not call that module. "
+                f"{self._advice()} To trace another path through the model, call hook_points() with other inputs or "
+                "another method."
             )
         module = modules.get(name, name)
         fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
             return f"'{name}' does not identify a hook point. Use one of these names: {', '.join(fired)}."
         if is_pattern(name):
-            return f"'{name}' is a pattern, but one hook point is expected. Use a name from points.select('{name}')."
+            return f"'{name}' is a pattern, but a hook point is expected. Use a name from points.select('{name}')."
         return f"{unknown_name(name, modules, self._names())} {self._advice()}"
 
     def _names(self) -> list[str]:
@@ -154,7 +155,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
     def _advice(self) -> str:
         if len(self) <= 8:
-            return f"(Hook points that fired: {', '.join(self)}.)"
+            return f"(The hook points are {', '.join(self)}.)"
         return f"({len(self)} hook points; print the HookPoints to list them.)"
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -252,7 +253,7 @@ def traced(
     each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
     for arguments, named in batches(each, 1):
         return hook_points(model, *arguments, **named, **keywords)
-    raise BatchAxisError("There are no inputs to trace the model with. Pass at least one batch.")
+    raise BatchAxisError("The inputs are empty, so the model cannot be traced. Pass at least one batch.")
 
 
 def names_by_trace(
@@ -284,7 +285,10 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
     if site.basis is not None:
-        raise SiteError(f"{site!r} needs a trace. Pass hook_points(model, *inputs) instead of the model.")
+        raise SiteError(
+            f"{site!r} has a basis, which requires a traced model. Pass hook_points(model, *inputs) instead of "
+            "the model."
+        )
     return parsed_name(modules, site.name)
 
 

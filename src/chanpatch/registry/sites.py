@@ -121,7 +121,7 @@ class Site:
             Site('.out', component=0).along('feature', Directions)
         """
         if self.point is None:
-            raise SiteError(f"{self!r} has no trace. Create the site with hook_points(model, *inputs).site(...).")
+            raise SiteError(f"{self!r} is not traced. Create the site with hook_points(model, *inputs).site(...).")
         if self.basis is not None or axis in dict(self.indices):
             raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site with neither.")
         other = self.indexed(**{**dict(self.indices), **indices}).with_basis(Along.of(axis, basis))
@@ -312,7 +312,7 @@ def coordinates(site: Site, point: HookPoint) -> HookPoint:
     axis, basis = site.basis.axis, site.basis.basis
     if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
         raise SiteError(
-            f"Coordinates need an axis of known length, but hook point '{point.name}' has no such axis '{axis}'. Its "
+            f"A basis needs an axis with a fixed length, but '{axis}' is not such an axis of '{point.name}', whose "
             f"axes are ({', '.join(point.axes)}).{did_you_mean(axis, point.axes)}"
         )
     missing = [name for name in ("encode", "decode") if not callable(getattr(basis, name, None))]
@@ -328,8 +328,8 @@ def coordinates(site: Site, point: HookPoint) -> HookPoint:
             raise ValueError(f"encode maps {_kind(example)} to {_kind(encoded)}, which decode maps to {_kind(decoded)}")
     except (RuntimeError, ValueError, TypeError) as fault:
         raise SiteError(
-            f"{type(basis).__name__} does not fit axis '{axis}' of hook point '{point.name}', which has length "
-            f"{point.length(axis)} and dtype {point.dtype}: {str(fault).strip()}"
+            f"{type(basis).__name__} does not fit the axis '{axis}' (length {point.length(axis)}, {point.dtype}) of "
+            f"hook point '{point.name}': {str(fault).strip()}"
         ) from fault
     place = number - (point.batch_axis is not None and number > point.batch_axis)
     return replace(
@@ -350,7 +350,7 @@ def no_batch(site: Site) -> str:
         return "Create the site with hook_points(model, *inputs).site(...), which identifies the batch axis."
     return (
         f"The trace could not identify the batch axis at '{site.name}': no single axis grew when the model ran with "
-        "one more row. Name the axes of the model's input: hook_points(..., axes={'.in[0]': (...)})."
+        "one more input. Name the axes of the model's input: hook_points(..., axes={'.in[0]': (...)})."
     )
 
 
@@ -369,7 +369,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
     """
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
-            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the "
+            f"Cannot select part of a {layout} tensor. Use a site without indices, or make the tensor dense in the "
             f"model: tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
         )
     for axis, chosen in positions.items():

@@ -209,7 +209,7 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
                     names.split_lengths(fired.tensor.shape)
                 except ValueError as fault:
                     raise SiteError(
-                        f"axes={{'{pattern}': '{names}'}}: hook point '{trace.name(fired)}': {fault}."
+                        f"axes={{'{pattern}': '{names}'}} does not match hook point '{trace.name(fired)}': {fault}."
                     ) from None
                 given[fired[:4]] = names
                 continue
@@ -266,7 +266,7 @@ def _free_axes(
             shapes = Trace(trace.model, infers_names=False).run(method, *grown).shapes()
         except Exception as fault:
             raise SiteError(
-                f"free={{'{name}': {axis}}}: the model fails with one more entry along this axis: {fault}"
+                f"free={{'{name}': {axis}}}: the model fails if the length of this axis increases by 1: {fault}"
             ) from fault
         for fired in trace.fired:
             point, before = trace.name(fired), tuple(fired.tensor.shape)
@@ -288,7 +288,9 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
     given = f"free={{'{name}': {axis}}}"
     tensors = [*with_rows(grown)]
     if not tensors or type(axis) is not int or not 0 <= axis < tensors[0][1].dim():
-        raise SiteError(f"{given}: the first input has no axis {axis}. Pass the index of one of its axes.")
+        raise SiteError(
+            f"{given}: the first input has no axis {axis!r}. Pass the index of one of its axes, counted from 0."
+        )
     first = tensors[0][1].shape
     names = next((trace.known.names(each.tensor) for each in trace.inputs), ())
     batch = names.index("batch") if "batch" in names else 0
@@ -299,12 +301,12 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
     if first[axis] in (1, first[batch]):
         raise SiteError(
             f"{given}: the first input has shape {tuple(first)}. The length of axis {axis} must be at least 2 and "
-            "differ from the number of rows. Trace with other example inputs."
+            "differ from the batch size. Trace with other example inputs."
         )
     caches = [type(each).__name__ for each in (*inputs, *keywords.values()) if hasattr(each, "get_seq_length")]
     if caches:
         raise SiteError(
-            f"{given}: the inputs contain a {caches[0]}, whose length would not grow. Trace without this cache."
+            f"{given}: the inputs contain a cache ({caches[0]}), whose length would not grow. Trace without this cache."
         )
     for path, tensor in tensors:
         if tensor is not tensors[0][1] and first[axis] in (*tensor.shape[:axis], *tensor.shape[axis + 1 :]):
@@ -379,7 +381,8 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
-                f"'{name}' is lazy, so its shape is unknown until the first call. Call the model once before tracing."
+                f"The weight '{name}' is lazy, so its shape is unknown until the first call. Call the model once "
+                "before tracing."
             )
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
