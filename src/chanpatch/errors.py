@@ -33,7 +33,7 @@ class NaNError(EditError):
 
 
 class BatchAxisError(ChanpatchError, ValueError):
-    """Raised when an operation needs rows, but the batch axis of the hook point is unknown."""
+    """Raised when an operation needs the rows of a batch, but the batch axis of the hook point is unknown."""
 
 
 class TraceMismatchError(ChanpatchError, RuntimeError):
@@ -73,7 +73,7 @@ class ExecutorError(ChanpatchError, RuntimeError):
 
     Attributes:
         lost: Labels of the results that were not computed.
-        partial: Result without the lost parts, or None.
+        partial: Result for all other labels, or None if there is no partial result.
     """
 
     lost: tuple[Any, ...] = ()
@@ -112,7 +112,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Combine several error messages into one message; return a single message unchanged."""
+    """Combine error messages into one message. If there is only one error message, return that message unchanged."""
     listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]
     return "\n".join(listed) if len(faults) > 1 else str(*faults)
 

@@ -25,8 +25,8 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return pairs (label, patches). If `patches` is not a mapping, the labels are derived from the sites.
 
-    Raise an exception of class `fault` if there are no patches, or if two entries share a label. `what` is the word for
-    the patches in error messages.
+    Raise an exception of class `fault` if there are no patches, or if two items in `patches` have the same label.
+    `what` is the word for the patches in error messages.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]

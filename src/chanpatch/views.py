@@ -18,8 +18,8 @@ class View:
     """Axis names for a tensor, in which one axis of the tensor may be split into several named axes.
 
     Attributes:
-        groups: For each axis of the tensor, the names of the axes into which it is split, outermost first. An axis that
-            is not split has one name.
+        groups: For each axis of the tensor, the names of the axes into which the axis is split, outermost first. An
+            axis that is not split has one name.
         lengths: Known lengths, as pairs (axis, length). In each group, at most one axis has an unknown length.
         labels: Labels of the positions along some axes, as pairs (axis, labels).
     """
@@ -56,7 +56,7 @@ class View:
         return tuple(found)
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with its axes split. The result shares the memory of the tensor."""
+        """Return the tensor with its axes split. The result shares memory with the tensor."""
         return tensor.view(self.split_lengths(tensor.shape)) if self.splits else tensor
 
     def merge(self, tensor: Tensor, _: object = None) -> Tensor:

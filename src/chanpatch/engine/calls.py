@@ -48,7 +48,7 @@ class Observed(Undoable):
             if on_output is not None and module in known:
                 on_output(module, output)
 
-        self._before, self._after = before, after  # functions, so that a copy of a module has the same hooks
+        self._before, self._after = before, after  # not methods, so that a copy of a module has the same hooks
 
     def _do(self) -> None:
         for module in self._modules:
@@ -142,9 +142,10 @@ class WrappedMethod(Undoable):
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a module's method. A call runs the functions in `around` around the method.
+    """Instance attribute that replaces a module's method.
 
-    A copy of the module gets the original method instead of the wrapper.
+    A call to the attribute calls the first function in `around`. Each function receives the next function as its first
+    argument, and the last function receives the original method. A copy of the module has the original method.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -180,11 +181,11 @@ class DisabledSessions(Undoable):
 
 
 class Interrupted(DisabledSessions):
-    """Context for running a model inside another forward pass of that model. All sessions on the model are disabled."""
+    """Context for an extra run of a model inside one of its forward passes. All sessions on the model are disabled."""
 
     def __init__(self, model: nn.Module) -> None:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
-        names = ("_errors_before", "_copied", "_calls", "_just_patched")  # what a station stores about open calls
+        names = ("_errors_before", "_copied", "_calls", "_just_patched")  # attributes that describe open calls
         self._calls = [(vars(at), {name: vars(at)[name] for name in names}) for at in stations]
         super().__init__(
             {each.session for at in stations for each in at.listeners}.union(*(at.scopes for at in stations))

@@ -19,12 +19,12 @@ from .paths import Attr, Item, _children, get, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return a module's patched output. A container that the module received as an argument is not copied.
+    """Return a module's patched output, in which containers that the module received as arguments are not copied.
 
-    Patched tensors are written into such a container, so that the caller sees them. `before` is the unpatched output,
-    `after` is the patched output, in which containers are copies, `given` contains the module's arguments, and `users`
-    contains the ids of the objects that the user passed to the model. If the user passed both the container and the
-    tensor to be replaced, the container is still copied, because the user may pass the same container again.
+    Patched tensors are written into these containers, so that the caller sees the patched tensors. `before` is the
+    unpatched output, `after` is the patched output, in which containers are copies, `given` contains the module's
+    arguments, and `users` contains the ids of the objects that the user passed to the model. If the user passed both a
+    container and the tensor to be replaced, the container is still copied, because the user may pass the container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -73,7 +73,7 @@ def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
 
 
 def contents(container: Any) -> list[Any]:
-    """Return a list of a container's entries and of the values of the container's attributes."""
+    """List a container's entries, followed by the values of the container's attributes."""
     attributes = () if is_tensordict(container) else getattr(container, "__dict__", {}).values()
     return [*(child for _, child in _children(container)), *attributes]
 
@@ -119,7 +119,7 @@ def patched_tensors(places: Iterable[Any], output: Any) -> list[tuple[Any, Tenso
 def refuse_replaced(patched: Iterable[tuple[Any, Tensor, int | None]], output: Any, others: Iterable[object]) -> None:
     """Raise UnsupportedModelError if a patched tensor in an output was replaced or modified in place.
 
-    `patched` is the result of `patched_tensors`. `others` are the hooks that may have done so, for the message.
+    `patched` is the result of `patched_tensors`. `others` are the hooks that may have done this, for the error message.
     """
     for place, tensor, version in patched:
         with suppress(LookupError, AttributeError, TypeError):

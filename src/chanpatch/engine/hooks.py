@@ -130,7 +130,7 @@ class Station:
                 _idle[self.module_id] = self
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Register the module's copies in a `deepcopy` memo, so that `remove` also removes hooks from these copies."""
+        """Remember the module's copies, which are in a `deepcopy` memo, so that `remove` also removes their hooks."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
@@ -278,7 +278,7 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove hooks that were copied with the model's modules from another model; keep the modules' own hooks."""
+    """Remove chanpatch's hooks that a model's modules inherited when they were copied. Keep the modules' own hooks."""
     for module in model.modules():
         own = Station.of(module)
         drop(module, keys_of(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own))  # type: ignore[misc]
@@ -313,7 +313,7 @@ class Undoable:
         """Enter the context."""
 
     def _undo(self) -> object:
-        """Leave the context. It must be safe to call this method repeatedly, and after an interrupted `_do`."""
+        """Leave the context. Repeated calls to this method, and calls after an interrupted `_do`, must be safe."""
 
     def __enter__(self) -> None:
         self._is_open = True
@@ -372,7 +372,7 @@ _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_ho
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function. If a model is being compiled, return a wrapper that torch does not compile instead."""
+    """Return the function or, while torch compiles a model, a wrapper that runs the function without compiling it."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function

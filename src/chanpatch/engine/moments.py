@@ -31,7 +31,7 @@ class Published:
     repetitions: Sequence[int] = ()  # for each episode, the number of earlier episodes with the same seed
     infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environment indices to infos
     repeated: bool = False  # whether a rollout repeats a step, as a check; repeated steps are not recorded
-    forwards: dict[int, int] = field(default_factory=dict)  # by session id: index of the last root call in this step
+    forwards: dict[int, int] = field(default_factory=dict)  # session id -> index of its last root call in this step
 
     def cut(self, rows: slice, label: Any) -> Published:
         """Return a copy with the given label and with information about only the given rows."""
@@ -68,7 +68,7 @@ class Moment:
 
     inputs: tuple[Any, ...] = ()  # inputs to the root call
     call: int = 0  # index of the module's call within the root call
-    forward: int = 0  # index of the root call within a rollout step, or within one call to a twin's method
+    forward: int = 0  # index of the root call within a rollout step, or within one call to a patched policy's method
     published: Published = field(default_factory=Published)
     running: str | None = None  # method of the root call; None outside a root call
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # masks from `where`, by `call_key` and call

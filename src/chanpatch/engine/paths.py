@@ -49,11 +49,11 @@ class Place:
     module: str = dataclasses.field(repr=False)  # name of the module or tap
     side: Literal["in", "out", "tap"] = dataclasses.field(repr=False)
     path: Path = dataclasses.field(repr=False)  # path to the tensor in a nested input or output
-    call: int | None = dataclasses.field(repr=False)  # index of the module call; None if there is only one
+    call: int | None = dataclasses.field(repr=False)  # index of the module call; None if not in the name
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield (path, tensor) for every tensor in an input or output, in order. `path` is added before each path."""
+    """Yield (path, tensor) for every tensor in an input or output, in order. `path` is prepended to each path."""
     if isinstance(tree, Tensor):
         yield path, tree
         return
@@ -233,7 +233,7 @@ def nested(name: str) -> str:
 
 
 def inside_vmap(tensor: Tensor) -> bool:
-    """Return whether `torch.vmap` batches a tensor. The values of such a tensor cannot be read."""
+    """Return whether a tensor is batched by `torch.vmap`. The values of such a tensor cannot be read."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -243,7 +243,7 @@ def inside_vmap(tensor: Tensor) -> bool:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or 0 if the tensor does not have a known address."""
+    """Return the memory address of a tensor's storage, or 0 if the address is unknown."""
     if tensor.layout == torch.strided and not tensor.is_meta:
         with suppress(RuntimeError):  # a wrapper around other tensors has no storage
             return tensor.untyped_storage().data_ptr()

@@ -64,12 +64,12 @@ class Listener:
                 raise UnsupportedModelError(read_only(self.place.name))
             return replace(tree, self._path, new)
         except BaseException as error:
-            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # these are not errors in the listener
+            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # neither is an error in the listener
                 session.failure = session.failure or error
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path. Raise an error if the value is not a tensor, or is nested."""
+        """Return the tensor at the listener's path. Raise an error if there is no tensor, or only a nested tensor."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):
@@ -231,7 +231,7 @@ class Session:
         if outer is not None and outer.station is None:
             self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
-                return function(*args, **kwargs)  # a nested forward pass belongs to the outer one
+                return function(*args, **kwargs)  # a nested call belongs to the outer root call
             self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # one token in `generate`
             outer.forwards += 1
             try:

@@ -41,7 +41,7 @@ class undisturbed:
     _is_locked = _is_noted = _is_shared = False
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
-        # Without CUDA, no tensor is on a GPU, and there is no need to look at each of them.
+        # If CUDA is not initialized, no tensor is on a GPU, so the devices of the tensors need not be checked.
         on_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         tensors = itertools.chain(model.parameters(), model.buffers()) if on_gpu else ()
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
@@ -81,7 +81,10 @@ class undisturbed:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Save the state once for all entries inside this context, between which nothing else runs."""
+        """Save the state once, for several `with self:` blocks inside this context. Each block restores this state.
+
+        No other code may run between the blocks.
+        """
         with self:
             self._is_shared = True
             try:
@@ -189,11 +192,11 @@ class Snapshot:
         return self
 
     def changed(self) -> bool:
-        """Return whether an attribute, buffer, submodule or hook was set or removed since the last call to `note`."""
+        """Return whether an attribute, buffer, submodule or hook has been set or removed since `note` last ran."""
         return not self.is_in(self._keys, self._values)
 
     def rebound(self) -> list[tuple[dict[str, Any], str]]:
-        """List the attributes, as (attributes of a module, name), that were set since `note`; leave out callables."""
+        """List the noncallable attributes set since `note` last ran, as pairs (attribute dict of the module, name)."""
         return (
             []
             if not self.changed()
@@ -215,7 +218,7 @@ class Snapshot:
         return [*now] == keys and all(map(operator.is_, new, values))
 
     def put_back(self) -> None:
-        """Restore all but the generators. Raise UnsupportedModelError if a submodule or parameter has been added."""
+        """Restore everything but generators. Raise UnsupportedModelError if a submodule or parameter has been added."""
         built, changed, weights = [], self.changed(), self._parameters()
         if changed or len(weights) != len(self._weights) or not all(map(operator.is_, weights, self._weights)):
             for (kind, own), parts in zip(self._owns, self._parts, strict=True):
@@ -236,7 +239,7 @@ class Snapshot:
             )
 
     def rewritten(self) -> list[Any]:
-        """List the containers, arrays and tensors whose contents have changed since the last call to `note`."""
+        """List the containers, arrays and tensors whose contents have changed since `note` last ran."""
         return [held for held, content in self.contents if not _same(held, content)]
 
     def keep_hooks(self) -> None:
@@ -258,7 +261,7 @@ class Snapshot:
         return [*map(generator_state, self._generators)]
 
     def has_drawn(self) -> bool:
-        """Return whether a random number generator in the model has been used since the last call to `note`."""
+        """Return whether a random number generator in the model has been used since `note` last ran."""
         return self.generator_states() != [*map(_shown, self._states)]
 
     def tensors(self) -> list[Tensor]:
@@ -333,10 +336,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
-    """Return all objects, at any depth in the attribute dicts, that a forward pass may modify.
-
-    Objects whose ids are in `apart` are skipped.
-    """
+    """List the objects in attribute dicts, at any depth, that a forward pass could modify. Skip ids in `apart`."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -353,7 +353,7 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
 
 
 def may_be_written(tensor: Any) -> bool:
-    """Return whether an object is a tensor that a forward pass may write to. The result is False for parameters."""
+    """Return whether an object is a tensor that a forward pass could modify. The result is False for parameters."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # tensors left over from a finished transform are unreadable
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)

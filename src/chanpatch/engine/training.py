@@ -10,7 +10,10 @@ from torch.nn.modules import batchnorm, dropout
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List modules in training mode whose outputs may be random, or may depend on other rows or on earlier calls."""
+    """List the modules in training mode that behave differently in that mode, as text such as `'1' (Dropout)`.
+
+    The outputs of these modules may be random, or may depend on other rows of the batch or on earlier calls.
+    """
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 

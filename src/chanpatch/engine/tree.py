@@ -1,4 +1,4 @@
-"""A model's tree of modules: names, paths from the root, and cheap checks that hooks on the modules will run."""
+"""A model's tree of modules: names, paths from the root, and fast checks that hooks on the modules will run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..errors import UnsupportedModelError
 
 
 class Step(NamedTuple):
-    """A module, with its full name, the dict of its parent's children, and its key in this dict."""
+    """One step on the path from the root of a model to one of the model's modules.
+
+    `children` is the dict of the children of the parent of `module`, and `key` is the key of `module` in this dict.
+    """
 
     name: str
     children: dict[str, nn.Module | None]
@@ -23,7 +26,7 @@ class Tree:
     """A model's modules as they were when the tree was built.
 
     Attributes:
-        modules: Each module by name; a module with several names has several entries.
+        modules: Dict that maps full names to modules. A module with several names is in the dict once per name.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -38,7 +41,7 @@ class Tree:
         return self._children != self._expected
 
     def path(self, name: str) -> list[Step]:
-        """Return one Step for each module on the path from the root to the module `name`, without the root."""
+        """Return one Step per module on the path from the root (excluded) to the module called `name` (included)."""
         if name and name not in self._paths:
             parent, _, key = name.rpartition(".")
             step = Step(name, self.modules[parent]._modules, key, self.modules[name])

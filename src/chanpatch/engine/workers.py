@@ -1,7 +1,8 @@
-"""Run parts of a call in the workers of a `concurrent.futures.Executor`.
+"""Split a call into parts, and compute the parts in the workers of a `concurrent.futures.Executor`.
 
-A task carries only digests and its own part. A worker that has not yet seen a digest asks for the bytes, so a model
-travels about once per worker, and a second call with the same model does not send the model again.
+A task contains the data for one part. The model and the data that all parts need are identified by digests. A worker
+that does not have the bytes for a digest asks for the bytes, so the model is sent about once per worker. Later calls
+with the same model do not send the model again.
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ from ..errors import ChanpatchError, ExecutorError
 from .state import undisturbed
 
 _Item = TypeVar("_Item")
-_kept: OrderedDict[str, Any] = OrderedDict()  # in a worker: the last models and pickled calls, by digest
-_unfinished: OrderedDict[str, dict[int, Any]] = OrderedDict()  # in the caller: results of calls that lost workers
+# In a worker: the most recently used models and pickled calls, by digest.
+_kept: OrderedDict[str, Any] = OrderedDict()
+# In the caller's process: finished results of calls that lost workers, by digest of the call and number of the part.
+_unfinished: OrderedDict[str, dict[int, Any]] = OrderedDict()
 _MOST_KEPT, _MOST_UNFINISHED = 4, 2
 _attempts = itertools.count()
 
 
 def cut(items: Sequence[_Item], executor: Executor) -> list[Sequence[_Item]]:
-    """Cut a sequence into contiguous parts of about equal length, two parts per worker."""
+    """Split a sequence into contiguous parts of about equal length, with at most two parts per worker."""
     count = min(len(items), 2 * _worker_count(executor))
     ends = [len(items) * number // count for number in range(count + 1)] if count else []
     return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _worker_count(executor: Executor) -> int:
-    if client := getattr(executor, "_client", None):  # dask's executor; each worker runs one part at a time
+    """Return the number of workers in an executor, or the number of CPUs if the number of workers is unknown."""
+    if client := getattr(executor, "_client", None):  # dask's executor; each worker runs one task at a time
         return max(1, len(client.nthreads()))
     return getattr(executor, "_max_workers", None) or os.cpu_count() or 1
 
@@ -59,20 +63,20 @@ def spread(
     *,
     model: nn.Module | None = None,
 ) -> None:
-    """Compute `function(call, part)` for each part in a worker, and pass each result to `done(number, result)`.
+    """Compute `function(call, part)` in a worker for each part, and pass the results to `done` in this process.
 
     Args:
-        executor: The executor.
-        function: Function in a module of chanpatch.
-        call: Data for all parts. Each part receives a fresh copy.
+        executor: Executor whose workers compute the parts.
+        function: Function from chanpatch that computes the result for one part.
+        call: Data that all parts need. Each call to `function` receives a new copy.
         parts: Data for each part.
-        labels: For each part, labels of the results that are lost if the part is lost.
-        done: Function that receives each result, in any order.
-        model: Module in `call` that is sent separately, so that later calls do not send the module again.
+        labels: For each part, the labels of the part's results. An ExecutorError lists the labels of lost results.
+        done: Function that receives the number of a part and the part's result. Parts may finish in any order.
+        model: Module inside `call`, which is sent separately, so that later calls do not send the module again.
 
     Raises:
-        ExecutorError: If a function or class cannot be sent, or if workers are lost. In the second case, the same call
-            with a new executor computes only the lost parts.
+        ExecutorError: If the data cannot be sent, or if workers are lost. After a loss of workers, repeat the call with
+            a new executor to compute only the lost parts.
     """
     _check(executor)
     known: dict[int, tuple[str, str]] = {}
@@ -110,23 +114,26 @@ def spread(
 
 
 class _Run:
-    """The tasks of one call. `waiting` maps each submitted future to the number of its part."""
+    """Tasks that compute the parts of one call.
+
+    `waiting` maps each unfinished future to the number of a part. `lost` maps the number of each lost part to an error.
+    """
 
     def __init__(self, executor: Executor, blobs: Mapping[str, bytes], tasks: Sequence[bytes]) -> None:
         self._executor, self._blobs, self._tasks = executor, blobs, tasks
         self.waiting: dict[Future[Any], int] = {}
         self.lost: dict[int, BaseException] = {}
-        self._failed: set[int] = set()  # parts that were submitted again after a failure
-        self._held: list[tuple[int, Sequence[str]]] = []  # parts whose worker asked for bytes
-        self._asked: set[int] = set()
+        self._failed: set[int] = set()  # numbers of the parts that were submitted again after a failure
+        self._held: list[tuple[int, Sequence[str]]] = []  # (number, digests) of parts whose workers asked for bytes
+        self._asked: set[int] = set()  # numbers of the parts whose workers have asked for bytes
         self._unsent = _worker_count(executor)  # number of workers that may not have the bytes yet
 
     def submit(self, number: int, digests: Sequence[str] = ()) -> None:
-        """Submit a part, with the bytes for the given digests."""
+        """Submit a task for the part with the given number. Send the bytes for the given digests with the task."""
         sent = {digest: self._blobs.get(digest) if digest in digests else None for digest in self._blobs}
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sending large graph")  # dask, about the bytes of a model
+                warnings.filterwarnings("ignore", "Sending large graph")  # from dask, if a model is large
                 future = self._executor.submit(_task, sent, self._tasks[number], next(_attempts))
         except Exception as fault:  # the executor is broken or was shut down
             self.lost[number] = fault
@@ -134,13 +141,13 @@ class _Run:
             self.waiting[future] = number
 
     def results(self) -> Any:
-        """Yield pairs (number, result) as parts finish."""
+        """Yield pairs (number of the part, result) as the parts finish."""
         while self.waiting:
             for future in wait(self.waiting, return_when=FIRST_COMPLETED).done:
                 number = self.waiting.pop(future)
                 try:
                     kind, value = future.result()
-                except Exception as fault:  # not from the task itself, which returns its errors
+                except Exception as fault:  # from the executor; the task itself returns its errors
                     if number in self._failed:
                         self.lost[number] = fault
                     else:
@@ -158,7 +165,7 @@ class _Run:
                 self._answer(*self._held.pop(0))
 
     def _answer(self, number: int, digests: Sequence[str]) -> None:
-        """Submit a part again. Send the bytes unless all workers should have received the bytes by now."""
+        """Submit a part again after a worker asked for bytes. Send the bytes unless all workers should have them."""
         is_sent = self._unsent > 0 or number in self._asked
         self._unsent -= is_sent and self._unsent > 0
         self._asked.add(number)
@@ -166,9 +173,10 @@ class _Run:
 
 
 def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[str, Any]:
-    """In a worker, compute one part, and return ("missing", digests), ("raised", error) or ("done", result).
+    """In a worker, compute one part. Return ("done", result), ("raised", error) or ("missing", digests).
 
-    `attempt` makes the arguments unique, because dask reuses the result of a task with equal arguments.
+    The result and the error are pickled. The digests identify data that the worker does not have. `attempt` makes the
+    arguments unique, because dask does not run a task again with equal arguments.
     """
     with undisturbed(nn.Module()):  # restores random number generators; threads take turns
         torch.set_grad_enabled(True)
@@ -191,7 +199,7 @@ def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[
 
 
 def _receive(sent: Mapping[str, bytes | None]) -> list[str]:
-    """Store the bytes that a task brought: the model, if any, and the call. Return the digests that are missing."""
+    """In a worker, store the model and the call that a task contains. Return the digests that have no stored data."""
     for digest, data in sent.items():
         if data is not None and digest not in _kept:
             is_call = digest == [*sent][-1]
@@ -205,9 +213,9 @@ def _receive(sent: Mapping[str, bytes | None]) -> list[str]:
 
 
 def _packed(tree: Any, known: Mapping[int, tuple[str, str]] | None = None) -> bytes:
-    """Pickle a tree. Replace each object whose id is in `known` by (digest of the model, name in the model).
+    """Pickle nested data. Replace each object whose id is in `known` with (digest of the model, name in the model).
 
-    torch.save preserves memory that tensors share, and returns equal bytes for equal tensors.
+    We use torch.save, because it preserves the sharing of memory, and writes equal bytes for equal tensors.
     """
     base, by_value = _pickler()
 
@@ -234,7 +242,7 @@ def _packed(tree: Any, known: Mapping[int, tuple[str, str]] | None = None) -> by
 
 
 def _pickler() -> tuple[Any, bool]:
-    """Return the base class for pickling, and whether it can pickle functions and classes by value."""
+    """Return a pickler class, and whether this class can pickle functions and classes by value."""
     try:
         import cloudpickle
     except ImportError:
@@ -243,7 +251,7 @@ def _pickler() -> tuple[Any, bool]:
 
 
 def _is_importable(item: Any) -> bool:
-    """Return whether a worker can import a function or a class. A worker has another `__main__`."""
+    """Return whether a worker can import a function or a class. Workers cannot import from the user's `__main__`."""
     module = sys.modules.get(item.__module__)
     try:
         return item.__module__ != "__main__" and operator.attrgetter(item.__qualname__)(module) is item
@@ -265,12 +273,12 @@ def _loaded(data: bytes) -> Any:
 
 
 def _part_of_model(digest: str, name: str) -> Any:
-    """In a worker, return the module, parameter or buffer with the given name in a model that was sent before."""
+    """In a worker, return the module, parameter or buffer called `name` in the stored model with the given digest."""
     return operator.attrgetter(name)(_kept[digest]) if name else _kept[digest]
 
 
 def _packed_error(fault: Exception) -> bytes:
-    """Pickle an exception and its traceback. Replace an exception that cannot be pickled and loaded again."""
+    """Pickle an exception and its traceback. If that is impossible, pickle an ExecutorError with the same message."""
     text = "".join(traceback.format_exception(fault))
     try:
         _loaded(data := _packed((fault, text)))
@@ -287,7 +295,7 @@ def _digest(*data: str | bytes) -> str:
 
 
 def _settings() -> dict[str, Any]:
-    """Return the global settings of torch that can change results."""
+    """Return the global torch settings that can change results, by name."""
     return {
         "torch.__version__": str(torch.__version__),
         "torch.get_default_dtype()": torch.get_default_dtype(),
@@ -299,7 +307,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _compare(settings: Mapping[str, Any]) -> None:
-    """Raise an error if the caller's settings differ from the settings in this worker."""
+    """In a worker, raise ExecutorError if the caller's torch settings differ from the worker's settings."""
     for name, own in _settings().items():
         if settings[name] != own:
             raise ExecutorError(
@@ -323,7 +331,7 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
 
 
 def _check(executor: Executor) -> None:
-    """Raise an error if the executor is not an executor, or if its worker processes are forked."""
+    """Raise TypeError if the argument is not an executor. Raise ExecutorError if the executor forks its workers."""
     if not isinstance(executor, Executor):
         raise TypeError(
             "executor= must be a concurrent.futures.Executor, such as a ProcessPoolExecutor or the result of "
@@ -338,7 +346,7 @@ def _check(executor: Executor) -> None:
 
 
 def _lost(faults: Mapping[int, BaseException], labels: Sequence[Sequence[Any]]) -> ExecutorError:
-    """Return the error to raise if the parts with the given numbers were lost."""
+    """Return the error for lost parts. `faults` maps part numbers to exceptions, and `labels` is as in `spread`."""
     lost = tuple(label for number in sorted(faults) for label in labels[number])
     fault = next(iter(faults.values()))
     named = ", ".join(map(repr, lost[:_SHOWN])) + f" and {len(lost) - _SHOWN} more" * (len(lost) > _SHOWN)

@@ -55,7 +55,7 @@ class Directions:
         return coordinates
 
     def decode(self, coordinates: Tensor) -> Tensor:
-        """Convert coordinates with shape `(..., component)` to the weighted sum of directions, `(..., axis)`."""
+        """Convert coordinates, `(..., component)`, to the weighted sum of directions with shape `(..., axis)`."""
         activation: Tensor = coordinates @ self.matrix
         return activation
 
@@ -74,13 +74,13 @@ class PCA(Directions):
 
     @classmethod
     def fit(cls, activations: Mapping[Any, Tensor] | Tensor, count: int, *, axis: str | None = None) -> PCA:
-        """Compute the first `count` principal components along one axis. The entries of all other axes are the samples.
+        """Compute the first `count` principal components along one axis. Positions on all other axes are samples.
 
         Args:
             activations: Cache with one recorded site, or a tensor.
             count: Number of components.
-            axis: For a cache, the name of the axis; by default, the channel or feature axis. For a tensor, the argument
-                is ignored, and the last axis is used.
+            axis: Name of the axis in a cache; by default, the channel or feature axis. If `activations` is a tensor,
+                this argument is ignored, and the last axis is used.
 
         Raises:
             SiteError: If the cache does not have exactly one site, if the axis does not exist, if `count` is greater
@@ -112,7 +112,7 @@ class PCA(Directions):
         return cls(components[:count].to(activations.dtype), mean.to(activations.dtype))
 
     def encode(self, activation: Tensor) -> Tensor:
-        """Convert an activation with shape `(..., axis)` to coordinates relative to the mean: `(..., component)`."""
+        """Convert an activation, `(..., axis)`, to coordinates relative to the mean with shape `(..., component)`."""
         return super().encode(activation - self.mean)
 
     def decode(self, coordinates: Tensor) -> Tensor:
@@ -121,6 +121,6 @@ class PCA(Directions):
 
 
 def _fixed(tensor: Tensor) -> Tensor:
-    """Return a detached copy of a tensor. Autograd can use the copy even if the tensor is an inference tensor."""
+    """Return a detached copy of a tensor that autograd can use even if the original is an inference tensor."""
     with torch.inference_mode(False):
         return tensor.detach().clone()

@@ -36,7 +36,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of positions along an axis, such as "q". The view of the hook point maps these labels to indices."""
+    """Labels of selected positions along an axis, such as "q". The hook point's view maps the labels to indices."""
 
     values: tuple[str, ...]
 
@@ -108,7 +108,10 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
 
 
 def advice(indexed: Sequence[str], axes: Sequence[str]) -> str:
-    """For an error message about indices, explain how to name missing axes, or how positions are counted."""
+    """Return advice for an error message about indices: how to name axes, or how positions are counted.
+
+    If neither fits, return an empty string. `indexed` contains the names of the axes that the user indexed.
+    """
     if any(axis not in axes and not did_you_mean(axis, axes) for axis in indexed):
         return (
             " To name or split axes, pass axes={...} to hook_points(); for a transformers model, pass "

@@ -52,7 +52,10 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return the error message for a name that is not in `known`, such as the name of a weight or a misspelled name."""
+    """Return the error message for a name that is not in `known`, the names of the hook points.
+
+    `modules` maps module names to modules.
+    """
     module, _, weight = name.rpartition(".")
     known = list(known)
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
@@ -95,7 +98,7 @@ def is_pattern(name: str) -> bool:
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
-    """Return a hook point's name and aliases in the form in which patterns are matched.
+    """Return a hook point's name and aliases in the form with which patterns are compared.
 
     In this form, a dot and a line break follow the module's name. If `module` is None, the module's name is inferred
     from the hook point's name.
@@ -113,11 +116,11 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
     `names` maps each hook point's name to the result of `spellings`. A name consists of parts, separated by dots that
     are not inside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding part. `*` matches any text within
     a part, `**` matches any number of parts, and `?` matches one character. A pattern without `#k` matches all calls. A
-    pattern without `.in` or `.out` matches all outputs. A pattern that ends in the middle of a path matches all tensors
-    whose paths start with that part.
+    pattern without `.in` or `.out` matches all outputs. A pattern that ends with an incomplete path matches all tensors
+    whose paths start with the incomplete path.
 
     Raises:
-        HookPointError: If `?` would miss indices with several digits, as `h.?` would miss h.10.
+        HookPointError: If `?` would miss indices with several digits, as `h.?` would miss `h.10`.
     """
     if pattern in names:
         return [pattern]
@@ -137,7 +140,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Return a hint for an error message: a similar pattern that does match hook points. Return "" if none matches."""
+    """Return a hint for an error message: a similar pattern that matches hook points, or "" if nothing matches."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
         re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
@@ -153,8 +156,8 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     """Compile a pattern to a regular expression that matches spellings.
 
-    `end` is the length of the part of the pattern that is matched with module names. `numbers` is text that is added to
-    the regular expression for each run of `?` in the pattern. Any `%d` in `numbers` stands for the length of the run.
+    `end` is the length of the part of the pattern that must match a module's name. `numbers` is added to the regular
+    expression after each run of `?`, as an alternative to the run. `%d` in `numbers` stands for the length of the run.
     """
 
     def regex(text: str, any_text: str) -> str:

@@ -28,7 +28,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     Attributes:
         model: The traced model.
         method: Name of the traced method; `"__call__"` is a call to the model itself.
-        calls: Number of calls to each module and tap in the traced forward pass, by name of the module or tap.
+        calls: Dict that maps names of modules and taps to their numbers of calls in the traced forward pass.
         not_called: Names of the modules that the traced forward pass did not call.
         steady: Whether the traced forward pass left all parameters unchanged. If False, no forward pass of the model is
             stopped early.
@@ -65,7 +65,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return len(self._points)
 
     def values(self) -> ValuesView[HookPoint]:
-        """Return the hook points in execution order, without a lookup of each name."""
+        """Return the hook points in execution order. This is faster than looking up each name."""
         return self._points.values()
 
     def select(self, pattern: str) -> HookPoints:
@@ -78,7 +78,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
                 `"h.*.in[0]"` matches first inputs, `"h.*.out[1]"` second outputs, and `"**.in"` all inputs.
 
         Raises:
-            HookPointError: If no name matches, or if `?` would miss indices with several digits, as `h.?` misses h.10.
+            HookPointError: If no name matches, or if `?` misses indices with several digits, as `h.?` misses `h.10`.
         """
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
@@ -103,7 +103,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Check a site against the trace, and return the site bound to the traced hook point. Errors: as in `site`."""
+        """Check a site against the trace, as `site` does, and return the site bound to the traced hook point."""
         point = self[site.name]
         return site if site.point is point or site.point == point else normalized(site, point)
 
@@ -276,7 +276,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the place of a site in a model. `modules` maps the names of the model's modules to the modules.
+    """Return the place of a site in a model. `modules` maps names to the model's modules.
 
     If the site is bound to a traced hook point of this model, return the hook point. Otherwise, parse the site's name;
     raise HookPointError if the name is not valid.

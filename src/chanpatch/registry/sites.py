@@ -21,7 +21,7 @@ Axes: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Along:
-    """An axis, and the basis whose coordinates replace this axis. Two bases are equal only if they are one object."""
+    """An axis, and the basis whose coordinates replace the axis. Bases are equal only if they are the same object."""
 
     axis: str
     basis: Any = field(compare=False)
@@ -38,7 +38,7 @@ class Site:
     """A region of the activation at a hook point, which can be read or written.
 
     Indices work as in Python and may be negative. An axis without an index is selected in full. A region keeps all axes
-    of the hook point. Several index lists select their Cartesian product.
+    of the hook point. Index lists along several axes select the Cartesian product of the lists.
 
     Args:
         name: Name of the hook point.
@@ -46,7 +46,7 @@ class Site:
             axis has labels (see `chanpatch.view`), a label or a sequence of labels is also accepted.
 
     Raises:
-        SiteError: If an index has any other type or selects nothing.
+        SiteError: If an index has a type not listed above, or selects nothing.
 
     Example:
         >>> Site("embedder.relu3", channel=[55, 121], row=slice(2, 5))
@@ -237,7 +237,7 @@ class HookPoint(Place):
         return tuple(axis for axis in self.axes if axis in split - {"channel", "feature"})
 
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis. Return None for the batch axis and for free axes, because the lengths vary."""
+        """Return the length of an axis. Return None for the batch axis and free axes, because their lengths vary."""
         position = self.axes.index(axis)
         if position == self.batch_axis:
             return None
@@ -290,12 +290,12 @@ class Coordinates:
         return () if self.base.lens is None else self.base.lens.labels
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Return the coordinates of the model's tensor in the basis, as an axis `component` in place of the axis."""
+        """Replace one axis of the model's tensor with an axis `component` that contains coordinates in the basis."""
         found: Tensor = self.basis.encode(self._last(tensor))
         return found.movedim(-1, self.axis)
 
     def merge(self, new: Tensor, tensor: Tensor) -> Tensor:
-        """Return `tensor` with `new` as its coordinates. The part that the basis does not encode stays the same."""
+        """Return a copy of `tensor` with the coordinates `new`. The part that the basis does not encode is kept."""
         last = self._last(tensor)
         before, after = (self.basis.decode(each) for each in (self.basis.encode(last), new.movedim(self.axis, -1)))
         changed = (last + (after - before)).movedim(-1, self.axis)
@@ -381,7 +381,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 
 
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
-    """Return a copy of a tensor in which `region` replaces the given positions. Gradients flow to tensor and region.
+    """Return a copy of `tensor` with `region` at the given positions. Gradients flow to `tensor` and `region`.
 
     The copy shares no memory with the arguments, so in-place writes to the copy do not affect the arguments.
     """

@@ -43,7 +43,7 @@ class Trace:
 
     `views` maps places to axis names from the user, which override inferred names. `totals` maps the id of each
     parameter to the parameter's sum before the run. During the run, these sums are compared with the current sums, to
-    detect changed parameters. `infers_names` is False for a run of which only the shapes are needed.
+    detect changed parameters. `infers_names` is False if only the shapes are needed.
     """
 
     def __init__(
