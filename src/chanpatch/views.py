@@ -15,7 +15,7 @@ from .errors import SiteError
 
 @dataclass(frozen=True)
 class View:
-    """Axis names for a tensor, in which one axis of the tensor may be split into several named axes.
+    """Names for the axes of a tensor. An axis may be split into several named axes.
 
     Attributes:
         groups: For each axis of the tensor, the names of the axes into which the axis is split, outermost first. An

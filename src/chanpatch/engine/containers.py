@@ -24,7 +24,7 @@ def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> 
     Patched tensors are written into these containers, so that the caller sees the patched tensors. `before` is the
     unpatched output, `after` is the patched output, in which containers are copies, `given` contains the module's
     arguments, and `users` contains the ids of the objects that the user passed to the model. If the user passed both a
-    container and the tensor to be replaced, the container is still copied, because the user may pass the container again.
+    container and the tensor to be replaced, the container is still copied, because the user may reuse the container.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -64,7 +64,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
     """Return the pair `arguments`, which is (args, kwargs), with containers replaced by their copies.
 
-    `copied` contains pairs (original, copy). A container inside another argument is not replaced.
+    `copied` contains pairs (original, copy). A container nested inside an argument is not replaced.
     """
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments

@@ -36,8 +36,8 @@ STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of t
 class Station:
     """The hooks on one module, and the listeners attached to that module.
 
-    Each listener has a session, a place and a stage. The station calls the session's `begin` and `end` if a call to the
-    module may be a root call, and `enter_call` and `leave_call` around every call to the module.
+    Each listener has a session, a place and a stage. The station calls a session's `begin` and `end` if a call to the
+    module may be a root call, and the session's `enter_call` and `leave_call` around every call to the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,7 +78,7 @@ class Station:
         return station
 
     def _put(self, module: Any, number: int, hook: _Hook) -> None:
-        """Add the first or the last forward hook as `register_forward_hook` does, but with the station's own key."""
+        """Add the first (`number` 0) or last (1) forward hook like `register_forward_hook`, but with our own key."""
         key = self._keys[number]
         module._forward_hooks_with_kwargs[key] = module._forward_hooks_always_called[key] = True
         module._forward_hooks[key] = hook

@@ -147,7 +147,7 @@ class undisturbed:
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Return the output, in which clones replace the tensors that would be overwritten by restoring the model."""
+        """Return the output with clones in place of those tensors that restoring the model would overwrite."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:

@@ -295,7 +295,7 @@ def _digest(*data: str | bytes) -> str:
 
 
 def _settings() -> dict[str, Any]:
-    """Return the global torch settings that can change results, by name."""
+    """Return a dict of the global torch settings that can change results."""
     return {
         "torch.__version__": str(torch.__version__),
         "torch.get_default_dtype()": torch.get_default_dtype(),

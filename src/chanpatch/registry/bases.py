@@ -74,7 +74,7 @@ class PCA(Directions):
 
     @classmethod
     def fit(cls, activations: Mapping[Any, Tensor] | Tensor, count: int, *, axis: str | None = None) -> PCA:
-        """Compute the first `count` principal components along one axis. Positions on all other axes are samples.
+        """Compute the first `count` principal components along one axis. Positions along other axes are the samples.
 
         Args:
             activations: Cache with one recorded site, or a tensor.

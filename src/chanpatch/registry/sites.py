@@ -94,7 +94,7 @@ class Site:
         return self._with(point=point)
 
     def indexed(self, **indices: Any) -> Site:
-        """Return a site with the given indices instead of this site's indices, at the same hook point and basis."""
+        """Return a site with the given indices instead of this site's indices. The hook point and the basis stay the same."""
         return self._with(indices=_selections(self.name, indices))
 
     def along(self, axis: str, basis: Any, **indices: Index) -> Site:
@@ -216,7 +216,7 @@ class HookPoint(Place):
 
     @property
     def tensor_batch_axis(self) -> int | None:
-        """Index of the batch axis in the model's own tensor; None if this axis is unknown or part of a split axis."""
+        """Index of the batch axis in the tensor without the lens; None if unknown, or if the axis is split."""
         if isinstance(self.lens, Coordinates):
             return self.lens.base.tensor_batch_axis
         if self.lens is None or self.batch_axis is None:

@@ -192,7 +192,7 @@ def _refuse_shared_names(trace: Trace) -> None:
 
 
 def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[_Place, View]:
-    """Return a dict that maps each place that matches a pattern in `axes` to the axis names given for this pattern."""
+    """Map each place that matches a pattern in `axes` to a View with the axis names given for the pattern."""
     given: dict[_Place, View] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
