@@ -235,7 +235,7 @@ def test_without_cloudpickle_a_local_model_class_and_a_hook_are_rejected_by_name
 def test_an_object_that_cannot_be_pickled_is_rejected(threads) -> None:
     points, observations = mlp()
     metric = functools.partial(lambda file, output: output[:, 0], sys.stdout)
-    with pytest.raises(ExecutorError, match="^The model, .* cannot be pickled, .* Remove files, locks and"):
+    with pytest.raises(ExecutorError, match="^The arguments cannot be sent to workers, .* Remove files, locks"):
         sweep(points, observations, patches=ablations(points), metric=metric, executor=threads)
 
 

@@ -234,9 +234,9 @@ def _packed(tree: Any, known: Mapping[int, tuple[str, str]] | None = None) -> by
         if isinstance(fault, ChanpatchError):
             raise
         raise ExecutorError(
-            "The model, the patches or another argument cannot be pickled, and so cannot be sent to workers "
-            f"({type(fault).__name__}: {fault}). Remove files, locks and environments from all arguments, including "
-            "the variables that functions use."
+            "The arguments cannot be sent to workers, because one of them cannot be pickled "
+            f"({type(fault).__name__}: {fault}). Remove files, locks and environments from the model, the patches and "
+            "the variables that your functions use."
         ) from fault
     return data.getvalue()
 

@@ -92,7 +92,9 @@ class PCA(Directions):
         number = -1
         if not isinstance(activations, Tensor):
             if len(activations) != 1:
-                raise SiteError(f"PCA.fit expects a cache with one site, but this cache has {len(activations)}.")
+                raise SiteError(
+                    f"PCA.fit expects a cache with one site; got {len(activations)} sites. Record only one."
+                )
             ((site, activation),) = activations.items()
             axes = activations.axes(site)  # type: ignore[attr-defined]
             named = [each for each in ("channel", "feature") if each in axes] if axis is None else [axis]
@@ -105,7 +107,7 @@ class PCA(Directions):
         if type(count) is not int or not 1 <= count <= min(len(samples) - 1, samples.shape[1]):
             raise SiteError(
                 f"PCA.fit: count must be an integer from 1 to {min(len(samples) - 1, samples.shape[1])} for "
-                f"{len(samples)} samples with {samples.shape[1]} entries each; got {count!r}."
+                f"{len(samples)} samples of length {samples.shape[1]}; got {count!r}."
             )
         mean = samples.mean(dim=0)
         _, _, components = torch.linalg.svd(samples - mean, full_matrices=False)

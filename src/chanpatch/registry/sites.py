@@ -94,7 +94,7 @@ class Site:
         return self._with(point=point)
 
     def indexed(self, **indices: Any) -> Site:
-        """Return a site with the given indices instead of this site's indices. The hook point and the basis stay the same."""
+        """Return a site with the given indices instead of this site's indices. The rest of the site stays the same."""
         return self._with(indices=_selections(self.name, indices))
 
     def along(self, axis: str, basis: Any, **indices: Index) -> Site:

@@ -266,7 +266,8 @@ def _free_axes(
             shapes = Trace(trace.model, infers_names=False).run(method, *grown).shapes()
         except Exception as fault:
             raise SiteError(
-                f"free={{'{name}': {axis}}}: the model fails if the length of this axis increases by 1: {fault}"
+                f"free={{'{name}': {axis}}}: the model fails if the length of this axis increases by 1. Omit "
+                f"the axis, or prevent this error: {fault}"
             ) from fault
         for fired in trace.fired:
             point, before = trace.name(fired), tuple(fired.tensor.shape)
