@@ -212,7 +212,7 @@ def test_without_cloudpickle_a_lambda_is_rejected_by_name(threads, without_cloud
     assert str(caught.value) == (
         "The function test_without_cloudpickle_a_lambda_is_rejected_by_name.<locals>.<lambda> in "
         f"{__name__} cannot be sent to workers, because workers cannot import it. Define the function at the top level "
-        "of a module, or install cloudpickle: pip install chanpatch[parallel]"
+        "of a file that workers can import, or install cloudpickle: pip install chanpatch[parallel]"
     )
     assert sweep(points, observations, patches=ablations(points), metric=first_logit, executor=threads).complete
 

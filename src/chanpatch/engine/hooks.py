@@ -48,7 +48,7 @@ class Station:
         self._on_inputs: list[Any] = []
         self._on_output: list[Any] = []  # listeners that run before any other forward hook on the module
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
-        self._counting: list[Any] = []
+        self._counting: list[Any] = []  # sessions that count the calls to this module
         self._errors_before: list[BaseException | None] = []  # for each open call, the exception in flight at its start
         self._just_patched: list[tuple[Any, Tensor, int | None]] = []  # (place, tensor, version), in this call
         self._copies: list[weakref.ref[nn.Module]] = []

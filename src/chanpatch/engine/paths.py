@@ -110,7 +110,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # Result types of functions such as torch.max need their constructor; others may have any constructor arguments.
+        # Result types of functions such as torch.max need their constructor; other constructors may have any arguments.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)

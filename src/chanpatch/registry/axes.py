@@ -75,7 +75,7 @@ def _attention_names(module: nn.Module, side: str, path: Path, ndim: int) -> Nam
     if isinstance(module, nn.MultiheadAttention) and side == "out" and path == (Item(1),):
         return {4: ("batch", "head", "query", "key"), 3: ("batch", "query", "key"), 2: ("query", "key")}.get(ndim)
     if side == "in" and path != (Item(0),):
-        return None  # masks
+        return None  # attention masks
     attention = next(child for child in module.modules() if isinstance(child, nn.MultiheadAttention))
     batched = ("batch", "position") if attention.batch_first else ("position", "batch")
     return {3: (*batched, "feature"), 2: ("position", "feature")}.get(ndim)
