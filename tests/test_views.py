@@ -231,8 +231,8 @@ def test_a_view_that_does_not_fit_is_an_error_when_the_model_is_traced(model, x)
     with pytest.raises(SiteError) as caught:
         hook_points(model, x, axes={"qkv": view("batch position (head feature)", head=7)})
     assert str(caught.value) == (
-        "axes={'qkv': 'batch position (head feature)'}: hook point 'qkv': an axis of length 24 cannot be split into "
-        "head 7 x feature."
+        "axes={'qkv': 'batch position (head feature)'} does not match hook point 'qkv': an axis of length 24 cannot be "
+        "split into head 7 x feature."
     )
 
 
