@@ -383,7 +383,7 @@ def test_the_probabilities_of_a_distribution_built_from_logits_can_be_replaced()
 def test_a_read_only_mapping_can_be_read_but_not_rebuilt():
     output = MappingProxyType({"a": t(2)})
     assert [path for path, _ in leaves(output)] == [(Item("a"),)]
-    with pytest.raises(UnsupportedModelError, match="Have the module return a dict"):
+    with pytest.raises(UnsupportedModelError, match="Use a dict instead"):
         replace(output, (Item("a"),), t(3))
 
 
