@@ -153,7 +153,7 @@ def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
 
 
 def clustered(name: str, sample: ArrayLike, clusters: ArrayLike | None) -> tuple[Floats, Rows, int]:
-    """Return the rows of a sample, the cluster number of each row, and the number of clusters."""
+    """Return a sample's rows as an array of floats, the cluster number of each row, and the number of clusters."""
     rows = np.asarray(sample, dtype=np.float64)
     if rows.ndim == 0 or not rows.size:
         raise StatisticsError(f"{name} must have at least one row on its first axis; got shape {rows.shape}.")
@@ -167,10 +167,12 @@ def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[Chanpatch
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
-        raise error(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
+        raise error(
+            f"clusters must have one label for each of the {rows} rows (inputs or pairs); got shape {labels.shape}."
+        )
     for row, label in enumerate(labels.tolist()):
         if label is None or label != label:  # NaN
-            raise error(f"clusters[{row}] must be a label; got {label}. Give this row a label, or leave the row out.")
+            raise error(f"clusters[{row}] must be a label; got {label}. Label this input or pair, or leave it out.")
     known: dict[Any, int] = {}
     if labels.dtype == object:  # labels of different types cannot be sorted
         return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])
