@@ -153,8 +153,8 @@ class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
     `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
-    tensor, the tensor has one row for each input, or a single row for all inputs. `known` maps
-    names of inputs to the results for these inputs from workers.
+    tensor, the tensor has one row for each input, or a single row for all inputs. `known` maps names of inputs (such as
+    `"clean"`) to results that workers have already computed.
     """
 
     run: undisturbed
@@ -174,7 +174,7 @@ class Collector:
         *,
         finite: bool = True,
     ) -> Collector:
-        """Return a collector that contains the results for the named inputs, computed in workers.
+        """Return a collector that already contains the results for the named inputs, which workers compute.
 
         The workers run the same batches as `caches` would, so the results are identical. Do not call this method inside
         the context `run`, because threads wait for `run` to end. If `executor` is None, return this collector.

@@ -67,12 +67,12 @@ class MatchedChannels(Records, Sequence[Site]):
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
         """Return one patch, `verb(site)`, for each control site. Pass the patches to a sweep as `controls=`.
 
-        If `no_p` is set, the sweep omits p-values, even with other patches at the control sites.
+        If `no_p` is not empty, the sweep omits p-values, even with other patches at the control sites.
         """
         return [*map(verb, self.sites)]
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-        """Rank the site's effect among the control effects. If `no_p` is set, the rank has no p-value.
+        """Rank the site's effect among the control effects. If `no_p` is not empty, the rank has no p-value.
 
         The arguments and errors are the same as in `chanpatch.statistics.rank_among`.
         """

@@ -95,7 +95,7 @@ class Effects(Records):
         return self.effect()[:, None]
 
     def top(self, count: int) -> Self:
-        """Return a result with only the `count` rows with the largest absolute effects, largest first; NaN comes last.
+        """Return a result with only the `count` largest rows by absolute effect, largest first; NaN comes last.
 
         Raises:
             StatisticsError: If the count is negative.
@@ -233,7 +233,7 @@ def largest_first(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Convert columns of equal length to records; numbers in arrays become Python numbers."""
+    """Convert columns of equal length to records, one dict per row; numbers in arrays become Python numbers."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
@@ -267,7 +267,7 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return a list with one line that states how many rows a table hides; empty if no rows are hidden."""
+    """Return a list with one line that states how many rows a table hides; the list is empty if `hidden` is 0."""
     return [f"... {hidden} more"] if hidden else []
 
 
@@ -283,7 +283,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the text of each cell, with the header as the first row; empty if there are no records."""
+    """Return the text of each cell, by row, with the header as the first row. Without records, return an empty list."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -318,6 +318,7 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
         yield lambda count: None
         return
     tqdm = imported("tqdm.auto").tqdm
-    is_shown = progress or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)  # slow to import
+    # Compare names, because importing tqdm_notebook is slow.
+    is_shown = progress or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
     with tqdm(total=total, unit=unit, delay=2, disable=False if is_shown else None) as bar:
         yield bar.update

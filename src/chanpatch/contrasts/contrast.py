@@ -152,7 +152,7 @@ def _no_p(absolute: bool, independent: int) -> str:
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and a dict from skipped hook points to reasons."""
+    """Return the sites to compare, in execution order, and the reason for each skipped hook point, by name."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []

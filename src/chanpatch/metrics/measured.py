@@ -85,7 +85,7 @@ class Metrics:
                 )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
-        """Compute all metrics for an output; return a dict from each name to the values, a float64 CPU tensor."""
+        """Compute all metrics for an output. Return a dict from metric names to float64 tensors on the CPU."""
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():

@@ -150,8 +150,8 @@ def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
     In a dict or an object, the value is the entry or attribute named `value` or `values`. An output tensor with shape
-    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with one of
-    these shapes after the logits or the distribution.
+    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with one of these shapes
+    after the logits or the distribution.
 
     Raises:
         MetricError: If no tensor or more than one tensor could be the value.

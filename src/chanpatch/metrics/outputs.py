@@ -37,7 +37,7 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return `found` if `found` is a distribution, Categorical(logits=found) if `found` is a tensor, otherwise None."""
+    """Return `found` if it is a distribution, `Categorical(logits=found)` if `found` is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
@@ -89,7 +89,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the action distribution that an output contains, or that its logits define; raise an error if neither."""
+    """Return the action distribution that an output contains or its logits define. Without either, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -116,7 +116,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if there are none."""
+    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if it has no logits."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(

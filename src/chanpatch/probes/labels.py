@@ -213,8 +213,8 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     """Return each channel's permutation p-value, and the same p-value corrected for the number of channels.
 
     `sums` has shape `(input, channel)`. `members` has shape `(channel, input)`; each row marks one channel's positives.
-    For the correction, each channel's AUC, standardized over permutations, is compared with each permutation's maximum
-    over all channels.
+    For the correction, each channel's AUC, standardized over permutations, is compared with each permutation's largest
+    standardized AUC over all channels.
     """
     import scipy.stats
 

@@ -67,7 +67,7 @@ class ThresholdScores:
 
 @dataclass(frozen=True, repr=False)
 class ThresholdProbe(Records):
-    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other half.
+    """A threshold on a channel's sum, fitted on one half of the inputs (the fitting half) and scored on the other half.
 
     Attributes:
         threshold: Threshold, halfway between two sums in the fitting half.
@@ -198,13 +198,13 @@ class ThresholdProbe(Records):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Records):
-    """Scores for a threshold on shifted data, alongside the same threshold's scores on the held-out half.
+    """Scores for a threshold on shifted data, alongside the threshold's scores on held-out inputs that are not shifted.
 
     Precision depends on the base rate; recall, false-positive rate and AUC do not. Precisions are therefore compared at
     the base rate of the held-out half.
 
     Attributes:
-        fit: Scores on the held-out half.
+        fit: Scores on the held-out half of the inputs that were passed to `fit` or `fit_precision`.
         shifted: Scores on shifted data.
     """
 

@@ -142,7 +142,7 @@ def quantile(confidence: float, freedom: int | None = None) -> float:
 
 
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
-    """Return the Wilson score interval for a proportion in n trials."""
+    """Return the Wilson score interval for a proportion observed in n trials."""
     z = quantile(confidence)
     center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)

@@ -52,7 +52,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 
 def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
-    """Return the lower and the upper limit for each channel's mean, even if `mean_interval` withholds the interval."""
+    """Return each channel's lower and upper confidence limits, even if `mean_interval` withholds the interval."""
     many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -118,6 +118,7 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
     """Return an interval with the given note.
 
     Both endpoints are set to NaN if the note is a reason to withhold the interval, or if `low` or `high` is not finite.
+    In the second case, the note of the result is the reason.
     """
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"

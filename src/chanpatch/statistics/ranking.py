@@ -181,7 +181,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return `rank` without a p-value if `no_p` contains a reason for that; otherwise, return `rank` unchanged."""
+    """Return `rank` without a p-value if `no_p` contains a reason to omit it; otherwise, return `rank` unchanged."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
