@@ -20,7 +20,7 @@ from .errors import MissingPackageError, StatisticsError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROWS = 20  # maximum rows in a table or figure
+ROWS = 20  # maximum number of rows in a table or figure
 
 
 class Records:
@@ -29,7 +29,7 @@ class Records:
     A subclass defines `to_records`, and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
     """
 
-    _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
+    _most: ClassVar[int | None] = ROWS  # maximum number of rows in the table; None for no maximum
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per row."""

@@ -315,9 +315,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first hook point was skipped because: reduce=('b c h w -> "
-            "b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
-            "most one other axis.",
+            "No hook point can be compared (number of hook points: 1). The first one was skipped because: "
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep "
+            "the batch axis and at most one other axis.",
         ),
     ],
 )

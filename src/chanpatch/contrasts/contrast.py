@@ -179,8 +179,8 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" The first hook point was skipped because: {next(iter(skipped.values()))}" if skipped else ""
-        raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
+        why = f" The first one was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        raise ContrastError(f"No hook point can be compared (number of hook points: {len(points)}).{why}")
     return found, skipped
 
 

@@ -70,7 +70,7 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
         Westfall and Young, "Resampling-based multiple testing" (1993), section 2.3; Nichols and Holmes,
         "Nonparametric permutation tests for functional neuroimaging" (2002), for the maximum statistic.
     """
-    quantile(confidence)  # raises if invalid
+    quantile(confidence)  # raises an error if the confidence is invalid
     rows, cluster, many = clustered("differences", differences, clusters)
     known, estimate, note = np.isfinite(rows).all(axis=0), mean(rows), withheld(rows, cluster)
     if many < FEWEST:

@@ -217,7 +217,7 @@ def _lowest_ratio(above: float, above_low: float, below: float, below_high: floa
     """
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # squared is 0, up to rounding, if both intervals have zero width
+    root = math.sqrt(max(squared, 0.0))  # `squared` is 0, up to rounding, if both intervals have zero width
     return numerator / (above * below + root) if numerator else 0.0
 
 

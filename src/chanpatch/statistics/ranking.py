@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ..errors import StatisticsError
 from .interval import FEWEST, Booleans, Floats, Interval, few_others, finite, quantile, too_few, two_groups, wilson
 
-FEWEST_CONTROLS = 19  # with fewer, even rank 1 has p above 0.05
+FEWEST_CONTROLS = 19  # with fewer controls, even rank 1 has p above 0.05
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -54,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The scores are separated or tied, so the variance is unknown. Use the interval for `fewest` independent pairs.
+        # The scores are separated or tied, so the variance is unknown. Use Wilson's interval for `fewest` trials.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)
