@@ -136,7 +136,7 @@ def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels()
     assert found.to_pandas()["site"].tolist() == list(map(repr, found))
 
 
-EDGE = "{} of 19 controls have a {} mean activation than {!r}, but at least 3 are required"
+EDGE = "at least 3 of the 19 controls must have a {} mean activation than {!r}, but the number of such controls is {}"
 
 
 def ranked_by_mean(channels: int) -> HookPoints:
@@ -152,7 +152,7 @@ def test_at_the_edge_of_its_pool_an_effect_has_a_rank_and_no_p_and_the_reason_is
     found = matched_channels(points, site, background, count=19)
     means = [60.0 - dict(control.indices)["feature"][0] for control in found]
     beyond = sum(mean > 60 - feature if side == "larger" else mean < 60 - feature for mean in means)
-    assert found.no_p == EDGE.format(beyond, side, site)
+    assert found.no_p == EDGE.format(side, site, beyond)
     effects = means
     rank = found.rank(60.0 - feature, effects)
     assert (rank.rank, rank.p, rank.no_p) == (rank_among(60.0 - feature, effects).rank, None, found.no_p)
@@ -367,14 +367,16 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,
-            "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead over the background), too few for "
-            "29 different controls of size 1. Use a smaller count, or a site that selects fewer channels.",
+            "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead: constant over the background), "
+            "too few for different controls of size 1 with count=29. Use a smaller count, or a site that selects fewer "
+            "channels.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
             SiteError,
-            "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead over the background), too few "
-            "for 1 different controls of size 16. Use a smaller count, or a site that selects fewer channels.",
+            "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead: constant over the background), "
+            "too few for different controls of size 16 with count=1. Use a smaller count, or a site that selects fewer "
+            "channels.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
@@ -465,4 +467,4 @@ def test_if_hardly_more_sets_exist_there_are_fewer() -> None:
 def test_a_set_larger_than_the_channels_is_refused() -> None:
     with pytest.raises(StatisticsError) as error:
         random_sets((1, 2), 3, count=1)
-    assert str(error.value) == "size is 3, but there are only 2 channels to draw from."
+    assert str(error.value) == "size must be at most 2, the number of channels to draw from; got 3."

@@ -649,7 +649,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
         "function returned a dict of 'q', which contains no action distribution. Expected logits of shape (batch, "
         "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        "'logits'. Pass a function that selects one of these from the output.",
+        "the key 'logits'. Pass a function that selects one of these from the output.",
     ),
 }
 

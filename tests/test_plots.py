@@ -264,11 +264,11 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: strip([1.0, math.inf], ["UP", "UP"]),
-            "sums[1] is not finite. Remove that input.",
+            "sums[1] must be finite; got inf. Leave out that input, pair or episode.",
         ),
         (
             lambda: strip(np.zeros(7), np.zeros(7), np.arange(7)),
-            "split must have at most 6 parts, one per marker; got 7.",
+            "split must contain at most 6 different names; got 7.",
         ),
         (
             lambda: strip(SUMS, LABELS, threshold=ThresholdProbe.fit(SUMS.repeat(2), np.equal(LABELS, "UP").repeat(2))),  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: effect_ranking([record("a", math.nan)]),
-            "None of the 1 effects is finite, so there is nothing to plot.",
+            "No effect is finite (number of effects: 1), so there is nothing to plot.",
         ),
         (
             lambda: heat_map([[1.0, 2.0]], ["a"], ["b"]),
@@ -285,10 +285,13 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: heat_map([[math.nan]], ["a"], ["b"]),
-            "None of the 1 effects is finite, so there is nothing to plot.",
+            "No effect is finite (number of effects: 1), so there is nothing to plot.",
         ),
         (lambda: survival({}), "survival() can draw 1 to 6 policies, each in its own line style; got 0."),
-        (lambda: survival({"a": [1.0, math.inf]}), "a[1] is not finite. Remove that input."),
+        (
+            lambda: survival({"a": [1.0, math.inf]}),
+            "a[1] must be finite; got inf. Leave out that input, pair or episode.",
+        ),
         (
             lambda: contingency(PairedCounts(0, 0, 0, 0)),
             "All four counts are 0, so there are no pairs to plot.",

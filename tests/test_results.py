@@ -83,9 +83,9 @@ def test_top_ranks_by_absolute_effect_and_nan_comes_last():
     assert FEW.top(9).names == ("b", "<d>", "a", "c")
     with pytest.raises(StatisticsError) as caught:
         FEW.top(-1)
-    assert (
-        str(caught.value)
-        == "top() expects the number of rows first, at least 0; got -1. For a metric, pass metric='name'."
+    assert str(caught.value) == (
+        "The first argument to top() must be the number of rows to return, at least 0; got -1. To choose a metric, "
+        "pass metric='name'."
     )
 
 

@@ -39,7 +39,7 @@ def rounding(sites: Iterable[Site]) -> float:
 
 @dataclass(frozen=True)
 class Moments:
-    """Per-channel moments and extremes of a sample, in float64; `+` merges two samples.
+    """Per-channel moments and extremes of a sample, in float64; `+` merges the moments of two samples.
 
     Attributes:
         count: Number of inputs.
@@ -96,7 +96,7 @@ def pair_count(clean: Any, corrupted: Any) -> int:
     count, other = input_count(clean), input_count(corrupted)
     if count != other or not count:
         raise ContrastError(
-            f"clean has {count} inputs and corrupted has {other}. Pass one clean and one corrupted input per pair."
+            f"clean and corrupted must have the same number of inputs, at least 1; got {count} and {other}."
         )
     return count
 
@@ -114,11 +114,14 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
 def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
     """Return the name of a bound site's channel or feature axis; raise `error` if there is not exactly one.
 
-    `what` is the plural noun for the caller's results, such as "Controls", in error messages.
+    `what` is the plural noun, such as `"Controls"`, that error messages use for the caller's results.
     """
     point = point_at(site)
     if "batch" in dict(site.indices):
-        raise error(f"{site!r} selects rows. {what} use all inputs: omit batch=, and pass only the selected inputs.")
+        raise error(
+            f"{site!r} selects rows of the batch. {what} use every row: omit batch= from the site, and pass only the "
+            "inputs to use."
+        )
     kept = reduced_axes(site, point.axes, "sum")
     channels = [axis for axis in kept if axis != "batch"]
     if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
@@ -139,8 +142,8 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations, which have at most one axis besides the batch, as an `(input, channel)` array."""
-    # Copied, because small tensors that outlive their forward pass would fragment memory.
+    """Return a site's activations with shape `(input, channel)`; at most one axis besides the batch axis is allowed."""
+    # Copy the array, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
 
@@ -150,8 +153,8 @@ class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
     `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
-    tensor, the tensor has one row for each input, or a single row for all inputs. `known` contains results from
-    workers.
+    tensor, the tensor has one row for each input, or a single row for all inputs. `known` maps names of inputs (such as
+    `"clean"`) to results that workers have already computed.
     """
 
     run: undisturbed
@@ -171,10 +174,10 @@ class Collector:
         *,
         finite: bool = True,
     ) -> Collector:
-        """Return a collector that contains the results for the named inputs, computed in workers.
+        """Return a collector that already contains the results for the named inputs, which workers compute.
 
-        Each part of the work consists of batches as `caches` would run them, so the results are identical. Do not call
-        this inside `run`, because threads wait for `run`. If `executor` is None, return this collector.
+        The workers run the same batches as `caches` would, so the results are identical. Do not call this method inside
+        the context `run`, because threads wait for `run` to end. If `executor` is None, return this collector.
         """
         if executor is None:
             return self
@@ -237,7 +240,7 @@ class Collector:
             if rows not in (1, count):
                 raise self.error(
                     f"`where` has {rows} rows, but there are {count} inputs. Pass a mask with one row per input, a "
-                    "mask with one row, or a function of the context, which runs for each batch."
+                    "mask with a single row, or a function of the context, which is called for each batch."
                 )
 
     def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
@@ -262,9 +265,9 @@ class Collector:
     def parts(
         self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats] = rows, *, finite: bool = True
     ) -> Iterator[dict[Site, Floats]]:
-        """Yield one dict per batch, from sites to activations.
+        """Yield one dict per batch, from sites to activations, which `sampled` reads from a cache.
 
-        If `finite`, raise `error` if an activation is NaN or infinite.
+        If `finite` is True, raise `error` if an activation is NaN or infinite.
         """
         if name in self.known:
             return iter(self.known[name])
@@ -298,14 +301,14 @@ class Collector:
 
 
 def _collected(call: Any, part: tuple[str, int, Any]) -> list[dict[Site, Floats]]:
-    """In a worker, collect the activations for one part of the inputs."""
+    """Collect activations in a worker. `part` contains the inputs' name, the first input's index, and the batches."""
     (points, *settings, finite), (name, start, forwards) = call, part
     with undisturbed(points.model) as run:
         collector = Collector(run, points, *settings)
         found = [*collector._sampled(name, collector._caches(forwards, start), rows, start, finite=finite)]
         if start and run.has_drawn():
             raise collector.error(
-                "The model draws random numbers, so its outputs depend on the batches before. Call model.eval(), or "
-                "omit executor=."
+                "The model draws random numbers, so the outputs for a batch depend on the batches that ran before, "
+                "perhaps in other workers. Call model.eval(), or omit executor=."
             )
     return found

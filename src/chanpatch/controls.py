@@ -34,12 +34,12 @@ __all__ = [
 ]  # fmt: skip
 
 _NEAR = 2  # number of nearest channels to draw from, per control; kept small, so that the means are similar
-_EACH_SIDE = 0.15  # of the controls, at least this fraction must have larger means, and at least this fraction smaller
+_EACH_SIDE = 0.15  # minimum fraction of controls with larger means than the site, and of controls with smaller means
 
 
 @dataclass(frozen=True, repr=False)
 class MatchedChannels(Records, Sequence[Site]):
-    """Controls for a site, in the order in which they were drawn.
+    """Controls for a site, in the order in which they were drawn. A channel is live if it varies over the background.
 
     Attributes:
         sites: One site per control.
@@ -67,12 +67,12 @@ class MatchedChannels(Records, Sequence[Site]):
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
         """Return one patch, `verb(site)`, for each control site. Pass the patches to a sweep as `controls=`.
 
-        If `no_p` is set, the sweep omits p-values, even with other patches at the control sites.
+        If `no_p` is not empty, the sweep omits p-values, even with other patches at the control sites.
         """
         return [*map(verb, self.sites)]
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-        """Rank the site's effect among the control effects. If `no_p` is set, the rank has no p-value.
+        """Rank the site's effect among the control effects. If `no_p` is not empty, the rank has no p-value.
 
         The arguments and errors are the same as in `chanpatch.statistics.rank_among`.
         """
@@ -144,9 +144,9 @@ def matched_channels(
     others = np.setdiff1d(np.flatnonzero(live), target)
     if math.comb(len(others), len(target)) < count:
         raise SiteError(
-            f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead over the "
-            f"background), too few for {count} different controls of size {len(target)}. Use a smaller count, or a "
-            f"site that selects fewer {axis}s."
+            f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead: constant "
+            f"over the background), too few for different controls of size {len(target)} with count={count}. Use a "
+            f"smaller count, or a site that selects fewer {axis}s."
         )
     generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -176,8 +176,8 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
             return (
-                f"{count} of {len(controls)} controls have a {side} mean activation than {site!r}, but at least "
-                f"{least} are required"
+                f"at least {least} of the {len(controls)} controls must have a {side} mean activation than {site!r}, "
+                f"but the number of such controls is {count}"
             )
     return ""
 
@@ -185,7 +185,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each target channel in turn, draw one of the `near` nearest channels not drawn yet."""
+    """Draw, for each target channel, one of the `near` undrawn channels in `others` that are nearest in mean."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -221,7 +221,7 @@ def random_sets(
     """
     whole("count", count, least=1)
     if whole("size", size, least=1) > len(channels):
-        raise StatisticsError(f"size is {size}, but there are only {len(channels)} channels to draw from.")
+        raise StatisticsError(f"size must be at most {len(channels)}, the number of channels to draw from; got {size}.")
     generator = np.random.default_rng(whole("seed", seed))
     drawn = {tuple(sorted(generator.permutation(channels)[:size].tolist())): None for _ in range(10 * count)}
     excluded = {tuple(sorted(each)) for each in other_than}

@@ -45,8 +45,8 @@ def strip(
     Args:
         sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.
         labels: Label of each input, with shape `(input,)`, such as the direction of the next step.
-        split: Name of the part of the data to which each input belongs, such as "in distribution", with shape
-            `(input,)`. At most six parts are allowed; each part has its own marker.
+        split: Name of the part of the data to which each input belongs, with shape `(input,)`, such as
+            `"in distribution"`. At most six parts are allowed; each part has its own marker.
         threshold: Value to mark with a dashed line, such as `probe.threshold`.
         ax: Axes to draw on; new axes if None.
 
@@ -69,7 +69,7 @@ def strip(
         )
     names, parts = np.unique(label), np.unique(part)
     if len(parts) > len(_MARKERS):
-        raise StatisticsError(f"split must have at most {len(_MARKERS)} parts, one per marker; got {len(parts)}.")
+        raise StatisticsError(f"split must contain at most {len(_MARKERS)} different names; got {len(parts)}.")
     if not isinstance(threshold, (Real, type(None))):
         raise StatisticsError(f"threshold must be a number, such as probe.threshold; got {type(threshold).__name__}.")
     ax = ax or _new_axes(1.5 + 1.1 * len(names), 4)
@@ -111,7 +111,7 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
     shown = [[each for each in group if _is_number(each["effect"])][:ROWS] for group in ranked]
     drawn = [*shown[0], *shown[1]]
     if not drawn:
-        raise StatisticsError(f"None of the {len(records)} effects is finite, so there is nothing to plot.")
+        raise StatisticsError(f"No effect is finite (number of effects: {len(records)}), so there is nothing to plot.")
     places = np.arange(len(drawn)) + np.repeat([0, 1], [len(each) for each in shown])  # a gap before the controls
     ax = ax or _new_axes(7, 1.2 + 0.25 * (places[-1] + 1))
     for record, place in zip(drawn, places, strict=True):
@@ -154,7 +154,7 @@ def heat_map(
             f"{len(rows)} row labels and {len(cols)} column labels."
         )
     if not np.isfinite(effects).any():
-        raise StatisticsError(f"None of the {effects.size} effects is finite, so there is nothing to plot.")
+        raise StatisticsError(f"No effect is finite (number of effects: {effects.size}), so there is nothing to plot.")
     ax = ax or _new_axes(min(2.5 + 0.32 * len(cols), 11), min(1.8 + 0.28 * len(rows), 9))
     top = float(np.abs(effects[np.isfinite(effects)]).max()) or 1.0
     signed = bool((effects < 0).any())
@@ -316,7 +316,7 @@ def _new_axes(width: float, height: float) -> Axes:
 
 
 def _spread(count: int, width: float) -> NDArray[np.float64]:
-    """Return offsets that spread markers evenly over a width, with consecutive inputs far apart."""
+    """Return `count` offsets that spread markers evenly over `width`, with consecutive markers far apart."""
     golden = (5**0.5 - 1) / 2
     return (np.arange(1, count + 1) * golden % 1 - 0.5) * width
 

@@ -20,7 +20,7 @@ from .errors import MissingPackageError, StatisticsError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROWS = 20  # maximum rows in a table or figure
+ROWS = 20  # maximum number of rows in a table or figure
 
 
 class Records:
@@ -29,7 +29,7 @@ class Records:
     A subclass defines `to_records`, and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
     """
 
-    _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
+    _most: ClassVar[int | None] = ROWS  # maximum number of rows in the table; None for no maximum
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per row."""
@@ -53,7 +53,7 @@ class Records:
         return f"{title}<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>{''.join(below)}"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the lines of the table, and the notes below the table."""
+        """Return the records shown in the table, and the lines of text below the table."""
         lines = self._lines()
         shown = lines[: self._most]
         return shown, [*more(len(lines) - len(shown)), *self._notes()]
@@ -72,7 +72,7 @@ class Effects(Records):
     """A result with one effect per row. The table and `top` show the largest effects first.
 
     A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
-    per row; the first field in the list contains the labels.
+    per row; the first field in the list contains the labels of the rows.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -95,7 +95,7 @@ class Effects(Records):
         return self.effect()[:, None]
 
     def top(self, count: int) -> Self:
-        """Return the rows with the largest absolute effects, largest first; NaN comes last.
+        """Return a result with only the `count` largest rows by absolute effect, largest first; NaN comes last.
 
         Raises:
             StatisticsError: If the count is negative.
@@ -123,23 +123,26 @@ class Effects(Records):
         return data_array(differences.mean(axis=-1), dict(zip(dims, axes, strict=True)), self.effect_label)
 
     def _arranged(self, parts: Sequence[int]) -> tuple[list[tuple[Any, ...]], NDArray[np.float64]]:
-        """Return the labels along each axis (one axis per part), and the effects with shape `(*axes, input)`."""
+        """Return the labels along each axis, and the effects with shape `(*axes, input)`.
+
+        There is one axis for each number in `parts`. The number is the index of a part of each row's label.
+        """
         if any(not isinstance(part, Integral) for part in parts):
             raise StatisticsError(
-                "The parts of the labels must be integers, as in grid(rows=0, cols=1); got "
-                f"{', '.join(map(repr, parts))}. For a metric, pass metric='name'."
+                "rows and cols must be integers, the indices of two parts of each label, as in grid(rows=0, cols=1); "
+                f"got {', '.join(map(repr, parts))}. To choose a metric, pass metric='name'."
             )
-        named, known, values = f"parts {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
+        named, known, values = f"parts at indices {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
         for label in getattr(self, self._by_row[0]):
             if not isinstance(label, tuple) or not all(-len(label) <= part < len(label) for part in parts):
                 raise StatisticsError(
-                    f"The label {label!r} does not have the {named}. Pass a dict with tuples as labels, such as "
+                    f"The label {label!r} must be a tuple with {named}. Pass a dict whose keys are such tuples, as in "
                     "{(layer, position): patch}."
                 )
             if (other := known.setdefault(tuple(label[part] for part in parts), label)) is not label:
                 raise StatisticsError(
-                    f"The labels {other!r} and {label!r} have the same {named}, so both belong in the same cell. Use "
-                    "parts that differ, or to_xarray() with all parts."
+                    f"The labels {other!r} and {label!r} have the same {named}, so both effects belong in the same "
+                    "cell. Choose parts that distinguish the labels, or use to_xarray() with all parts."
                 )
         axes = [tuple(dict.fromkeys(part)) for part in zip(*known, strict=True)] or [()] * len(parts)
         axes = [tuple(sorted(axis)) if all(isinstance(part, Real) for part in axis) else axis for axis in axes]
@@ -159,12 +162,13 @@ class Effects(Records):
         """Return the `count` rows with the largest absolute effects, given each row's effect."""
         if not isinstance(count, Integral) or count < 0:
             raise StatisticsError(
-                f"top() expects the number of rows first, at least 0; got {count!r}. For a metric, pass metric='name'."
+                f"The first argument to top() must be the number of rows to return, at least 0; got {count!r}. To "
+                "choose a metric, pass metric='name'."
             )
         return self._rows(largest_first(effect)[:count])
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
-        """Return a result with only the given rows."""
+        """Return a result with only the rows that have the given indices."""
         picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
         return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
 
@@ -229,13 +233,13 @@ def largest_first(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Convert columns of equal length to records; numbers in arrays become Python numbers."""
+    """Convert columns of equal length to records, one dict per row; numbers in arrays become Python numbers."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return a dict with a record's effect (under the key `name`) and interval (under "95%"), formatted for a table."""
+    """Return a dict with a record's effect (under the key `name`) and interval (under `"joint 95%"`), as text."""
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
@@ -243,14 +247,14 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Format a p-value for a table: "-" for NaN, "<0.001" for smaller values, otherwise two significant digits."""
+    """Format a p-value for a table: `-` for NaN, `<0.001` for smaller values, otherwise two significant digits."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def interval_notes(notes: Iterable[str]) -> list[str]:
-    """Return lines that explain the marked and the withheld intervals in a table, given the note of each row."""
+    """Return lines that explain a table's withheld intervals and intervals marked `few`, given each row's note."""
     found = sorted({*map(str, notes)} - {""})
     lines = ["few: an interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
@@ -263,14 +267,14 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return a list with a line that states how many rows a table hides, or an empty list if no rows are hidden."""
+    """Return a list with one line that states how many rows a table hides; the list is empty if `hidden` is 0."""
     return [f"... {hidden} more"] if hidden else []
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table as lines of text: a header, then one line per record.
 
-    The columns are the keys of the first record. Floats are shown with four significant digits, NaN is shown as "-",
+    The columns are the keys of the first record. Floats are shown with four significant digits, NaN is shown as `-`,
     and None as an empty cell.
     """
     rows = _cells(records)
@@ -279,7 +283,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the text of each cell, with the header as the first row; empty if there are no records."""
+    """Return the text of each cell, by row, with the header as the first row. Without records, return an empty list."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -314,6 +318,7 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
         yield lambda count: None
         return
     tqdm = imported("tqdm.auto").tqdm
-    is_shown = progress or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)  # importing it is slow
+    # Compare names, because importing tqdm_notebook is slow.
+    is_shown = progress or any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
     with tqdm(total=total, unit=unit, delay=2, disable=False if is_shown else None) as bar:
         yield bar.update

@@ -282,19 +282,19 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
     [
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
-            "clean has 12 inputs and corrupted has 5. Pass one clean and one corrupted input per pair.",
+            "clean and corrupted must have the same number of inputs, at least 1; got 12 and 5.",
         ),
         (
             lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
-            "clean has 0 inputs and corrupted has 0. Pass one clean and one corrupted input per pair.",
+            "clean and corrupted must have the same number of inputs, at least 1; got 0 and 0.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
-            "clusters must have one label for each of the 12 rows; got shape (3,).",
+            "clusters must have one label for each of the 12 rows (inputs or pairs); got shape (3,).",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
-            "clusters[11] must be a label; got None. Give this row a label, or leave the row out.",
+            "clusters[11] must be a label; got None. Label this input or pair, or leave it out.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
@@ -315,9 +315,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first hook point was skipped because: reduce=('b c h w -> "
-            "b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
-            "most one other axis.",
+            "No hook point can be compared (number of hook points: 1). The first one was skipped because: "
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep "
+            "the batch axis and at most one other axis.",
         ),
     ],
 )

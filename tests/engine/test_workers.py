@@ -170,8 +170,8 @@ def test_draws_of_a_model_are_the_same_in_a_worker(threads) -> None:
     with pytest.raises(ContrastError) as caught:
         contrast(points, observations, observations, "2", batch_size=1, executor=threads)
     assert str(caught.value) == (
-        "The model draws random numbers, so its outputs depend on the batches before. Call model.eval(), or omit "
-        "executor=."
+        "The model draws random numbers, so the outputs for a batch depend on the batches that ran before, perhaps in "
+        "other workers. Call model.eval(), or omit executor=."
     )
 
 

@@ -344,8 +344,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "actions of fewer inputs": (
         lambda: logit_difference(torch.tensor([1]), 0)(LOGITS),
         MetricError,
-        "correct has one action for each of 1 inputs, but the output has 5 rows. Pass one action per input, or a list "
-        "of actions to treat as a single action.",
+        "correct has one action for each of 1 inputs, but the output has logits for 5 inputs. Pass one action per "
+        "input, or a list of actions to treat as a single action.",
     ),
     "a baseline of other inputs": (
         lambda: kl_divergence(LOGITS, baseline=LOGITS[:1]),
@@ -372,21 +372,23 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one column": (
         lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),
         DistributionError,
-        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
-        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains only one logit per input, so the probability of that action is always 1. If "
+        "this is the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...) from the "
+        "model.",
     ),
     "one column of named logits": (
         lambda: entropy({"logits": LOGITS[:, :1]}),
         DistributionError,
-        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
-        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains only one logit per input, so the probability of that action is always 1. If "
+        "this is the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...) from the "
+        "model.",
     ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,
         "The output is a dict of 'state', which contains no action distribution. Expected logits of shape (batch, "
         "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        "'logits'. Use a metric that selects one of these from the output.",
+        "the key 'logits'. Use a metric that selects one of these from the output.",
     ),
     "a tuple with more than logits and a value": (
         lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
@@ -439,12 +441,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a position outside": (
         lambda: at_position(entropy, 5)(LOGITS.view(1, 5, 4)),
         MetricError,
-        "position is 5, but the output has positions 0 to 4.",
+        "position must be between -5 and 4, because the sequences have length 5; got 5.",
     ),
     "positions of fewer inputs": (
         lambda: at_position(entropy, torch.tensor([1, 2]))(LOGITS.view(1, 5, 4)),
         MetricError,
-        "position has 2 entries for 1 inputs. Pass one position per input.",
+        "position must contain one position for each of 1 inputs; got 2.",
     ),
     "no position": (
         lambda: at_position(entropy, "last"),  # type: ignore[arg-type]

@@ -526,8 +526,8 @@ def test_a_mask_without_one_row_per_input_is_refused(points: HookPoints, inputs:
     count = "4" if isinstance(inputs, Tensor) else "an unknown number of"
     text = message(ProbeError, lambda: channel_sums(points, inputs, "conv", where=torch.cat([ROWS] * 2)))
     assert text == (
-        f"`where` has 8 rows, but there are {count} inputs. Pass a mask with one row per input, a mask with one "
-        "row, or a function of the context, which runs for each batch."
+        f"`where` has 8 rows, but there are {count} inputs. Pass a mask with one row per input, a mask with a "
+        "single row, or a function of the context, which is called for each batch."
     )
 
 

@@ -391,21 +391,23 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "the logit of one of two actions": (
         returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),
         DistributionError,
-        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
-        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains only one logit per input, so the probability of that action is always 1. If "
+        "this is the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...) from the "
+        "model.",
     ),
     "the value of one action, with a value": (
         returning(lambda rows: (torch.zeros(rows, 1), torch.zeros(rows)), outputs="values"),
         DistributionError,
-        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
-        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains only one logit per input, so the probability of that action is always 1. If "
+        "this is the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...) from the "
+        "model.",
     ),
     "a tuple of other tensors": (
         returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
         DistributionError,
         "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits of shape "
         "(batch, action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a "
-        "dict with 'logits'. Pass a function that selects one of these from the output: lambda observations: "
+        "dict with the key 'logits'. Pass a function that selects one of these from the output: lambda observations: "
         "policy(observations)[0].",
     ),
     "masks of other actions": (

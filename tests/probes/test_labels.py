@@ -155,7 +155,7 @@ def test_labels_print_as_a_table_with_the_labelled_channels_first_and_as_records
 REFUSED = {
     "sums of one channel": (
         lambda: label_channels(SUMS, LABELS, names=NAMES, seed=0),
-        "sums must have nonempty axes (input, channel); got shape (20,).",
+        "sums must be a nonempty array with axes (input, channel); got shape (20,).",
     ),
     "one name": (
         lambda: label_channels(SUMS[:, None], LABELS[:, None], names=["UP"], seed=0),
@@ -177,7 +177,7 @@ REFUSED = {
     ),
     "a level in percent": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, level=5),
-        "level must be between 0 and 1, such as 0.05; got 5.",
+        "level must be greater than 0 and less than 1, such as 0.05; got 5.",
     ),
 }
 

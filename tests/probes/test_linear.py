@@ -72,7 +72,7 @@ def test_a_missing_scikit_learn_is_named_with_the_line_that_installs_it(monkeypa
 REFUSED = {
     "a sum that is not finite": (
         lambda: linear_probe(np.where(np.eye(20, 2), math.inf, 0), LABELS),
-        "sums[0, 0] is not finite. Remove that input.",
+        "sums[0, 0] must be finite; got inf. Leave out that input, pair or episode.",
     ),
     "one fold": (
         lambda: linear_probe(SUMS[:, None], LABELS, folds=1),

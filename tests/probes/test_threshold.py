@@ -143,8 +143,8 @@ def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
         ThresholdProbe.fit_precision(sums, labels, min_precision=0.99, seed=0)
     assert str(caught.value) == (
         "No threshold reaches precision 0.99 with 95% confidence. The strongest evidence is for sums above 0.5, with "
-        f"10 positives among {accepted} accepted inputs in the fitting half. Lower min_precision, pass more inputs, or "
-        "use another channel."
+        f"10 positives among {accepted} accepted inputs in the half used for fitting. Lower min_precision, pass more "
+        "inputs, or use another channel."
     )
 
 
@@ -237,11 +237,11 @@ def test_labels_may_be_zeros_and_ones_of_any_dtype(dtype):
 REFUSED = {
     "a sum to predict from that is not finite": (
         lambda: ThresholdProbe.fit(SUMS, LABELS).predict([[1.0, math.nan]]),
-        "sums[0, 1] is not finite. Remove that input.",
+        "sums[0, 1] must be finite; got nan. Leave out that input, pair or episode.",
     ),
     "sums of many channels": (
         lambda: ThresholdProbe.fit(np.zeros((20, 2)), LABELS),
-        "sums must have nonempty axes (input); got shape (20, 2).",
+        "sums must be a nonempty array with axes (input); got shape (20, 2).",
     ),
     "labels that are no booleans": (
         lambda: ThresholdProbe.fit(SUMS, LABELS.astype(int) + 1),
@@ -258,11 +258,12 @@ REFUSED = {
     ),
     "a channel that does not vary": (
         lambda: ThresholdProbe.fit(np.full(20, 3.0), LABELS),
-        "All 10 sums in the fitting half equal 3. Use a channel that varies, or pass more inputs.",
+        "All 10 sums in the half of the inputs used for fitting equal 3. Use a channel that varies, or pass more "
+        "inputs.",
     ),
     "a precision in percent": (
         lambda: ThresholdProbe.fit_precision(SUMS, LABELS, min_precision=99),
-        "min_precision must be between 0 and 1, such as 0.9; got 99.",
+        "min_precision must be greater than 0 and at most 1, such as 0.9; got 99.",
     ),
 }
 

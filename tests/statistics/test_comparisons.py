@@ -69,7 +69,9 @@ def test_two_inputs_or_a_constant_have_no_rank_correlation(first, second) -> Non
 def test_samples_of_different_lengths_have_no_rank_correlation() -> None:
     with pytest.raises(StatisticsError) as error:
         rank_correlation([1, 2, 3], [1, 2])
-    assert str(error.value) == "first, second and strata must have equal lengths, one entry per input."
+    assert str(error.value) == (
+        "first, second and strata must have equal lengths, one entry per input; got lengths 3, 2 and 3."
+    )
 
 
 def test_the_difference_within_strata_has_mantel_and_haenszels_weights() -> None:
@@ -94,7 +96,10 @@ def test_groups_without_a_common_stratum_have_no_difference() -> None:
 def test_a_stratified_difference_of_other_things_than_booleans_is_refused() -> None:
     with pytest.raises(StatisticsError) as error:
         stratified_difference_interval([1, 2], [1, 0], [0, 0])
-    assert str(error.value) == ("success and first must have one boolean per input, and strata one label per input.")
+    assert str(error.value) == (
+        "success and first must have one boolean per input, and strata must have one label per input; got int64 of "
+        "shape (2,), int64 of shape (2,) and int64 of shape (2,)."
+    )
 
 
 def test_a_share_interval_contains_the_ratios_for_which_the_mean_interval_contains_0() -> None:

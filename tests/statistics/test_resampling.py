@@ -201,15 +201,15 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
         ),
         (
             lambda: mean_interval([1.0, 2.0], clusters=[1]),
-            "clusters must have one label for each of the 2 rows; got shape (1,).",
+            "clusters must have one label for each of the 2 rows (inputs or pairs); got shape (1,).",
         ),
         (
             lambda: max_t_test([1.0, 2.0], clusters=["a", None]),
-            "clusters[1] must be a label; got None. Give this row a label, or leave the row out.",
+            "clusters[1] must be a label; got None. Label this input or pair, or leave it out.",
         ),
         (
             lambda: sign_flip_test([1.0, 2.0], clusters=[math.nan, 1.0]),
-            "clusters[0] must be a label; got nan. Give this row a label, or leave the row out.",
+            "clusters[0] must be a label; got nan. Label this input or pair, or leave it out.",
         ),
         (
             lambda: bootstrap_interval([1.0], np.mean, resamples=0),
@@ -218,9 +218,9 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
         (lambda: bootstrap_interval([1.0], np.mean, seed=-1), "seed must be a whole number, at least 0; got -1."),
         (
             lambda: mean_interval([1.0], confidence=95),
-            "confidence must lie between 0 and 1, such as 0.95; got 95.",
+            "confidence must be greater than 0 and less than 1, such as 0.95; got 95.",
         ),
-        (lambda: holm([0.5, 1.2]), "p-values must lie between 0 and 1; got 1.2."),
+        (lambda: holm([0.5, 1.2]), "p_values must lie between 0 and 1; got 1.2."),
         (
             lambda: equivalent(wilson_interval(1, 2), margin=0),
             "margin must be positive; got 0.",
@@ -231,7 +231,7 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
         ),
         (
             lambda: reweighted_precision(wilson_interval(1, 2), wilson_interval(1, 2), base_rate=1),
-            "base_rate must lie between 0 and 1; got 1.",
+            "base_rate must be greater than 0 and less than 1; got 1.",
         ),
     ],
 )

@@ -243,7 +243,7 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         (lambda: wilson_interval(0.5, 4), "successes must be a whole number, at least 0; got 0.5."),
         (
             lambda: wilson_interval(1, 4, confidence=95),
-            "confidence must lie between 0 and 1, such as 0.95; got 95.",
+            "confidence must be greater than 0 and less than 1, such as 0.95; got 95.",
         ),
         (
             lambda: paired_counts(np.array([0.5, 1.0]), np.array([True])),
@@ -262,7 +262,7 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         ),
         (
             lambda: auc([1.0, math.nan, 2.0, 3.0], [True, False, True, False]),
-            "scores[1] is not finite. Remove that input.",
+            "scores[1] must be finite; got nan. Leave out that input, pair or episode.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0, 4.0], [1, 2, 1, 2]),
@@ -279,7 +279,8 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         ),
         (
             lambda: rank_among(0.5, [0.1, math.nan]),
-            "All effects must be finite to be ranked. Remove controls with NaN or infinite effects.",
+            "All effects must be finite to be ranked; got 0.5 for the patch, and NaN or infinity for 1 of 2 controls. "
+            "Leave out such controls.",
         ),
         (
             lambda: rank_among(0.5, [0.1], alternative="larger"),

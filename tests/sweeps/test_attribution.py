@@ -458,7 +458,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a count below zero": (
         lambda: attributed([zero_ablate(WHOLE)])().top(-1),
         StatisticsError,
-        "top() expects the number of rows first, at least 0; got -1. For a metric, pass metric='name'.",
+        "The first argument to top() must be the number of rows to return, at least 0; got -1. To choose a metric, "
+        "pass metric='name'.",
     ),
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),

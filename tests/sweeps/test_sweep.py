@@ -797,7 +797,7 @@ def test_a_metric_that_reads_what_a_forward_left_on_a_module_is_refused(strategy
 
 def test_inputs_without_rows_are_refused(plain_cnn: Model) -> None:
     points, (images,), site = traced(plain_cnn)
-    with pytest.raises(errors.MetricError, match="returned no numbers. Pass inputs with at least one row"):
+    with pytest.raises(errors.MetricError, match="returned no numbers. Pass at least one input"):
         sweep(points, images[:0], patches=zero_ablate(site), metric=lambda output: output[:, 0])
 
 

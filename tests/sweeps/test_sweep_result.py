@@ -158,7 +158,7 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
             "returned a torch.float32 tensor of shape \\(12, 4\\). A metric must return one number",
         ),
         (lambda output: "much", "returned str. A metric must return one number per input"),
-        (lambda output: output[:0, 0], "returned no numbers. Pass inputs with at least one row"),
+        (lambda output: output[:0, 0], "returned no numbers. Pass at least one input"),
         (lambda output: output[:, 0] * 1j, "returned a torch.complex64 tensor .* Use .real or .abs\\(\\)."),
         ({}, "metric is an empty mapping"),
         ({"first": 0}, "The metric 'first' must be a function of the model's output; got int"),
@@ -482,16 +482,16 @@ def test_labels_that_make_no_grid_are_refused(points: HookPoints) -> None:
     with pytest.raises(errors.StatisticsError) as caught:
         doubled.grid()
     assert str(caught.value) == (
-        "The labels (0, 'a', 1) and (0, 'a', 2) have the same parts 0, 1, so both belong in the same cell. Use parts "
-        "that differ, or to_xarray() with all parts."
+        "The labels (0, 'a', 1) and (0, 'a', 2) have the same parts at indices 0, 1, so both effects belong in the "
+        "same cell. Choose parts that distinguish the labels, or use to_xarray() with all parts."
     )
     assert doubled.grid(cols=2).effect().shape == (1, 2)
     for result, label in ((swept(points), "'1, feature=0'"), (doubled, "(0, 'a', 1)")):
         with pytest.raises(errors.StatisticsError) as caught:
             result.grid(cols=3)
         assert str(caught.value) == (
-            f"The label {label} does not have the parts 0, 3. Pass a dict with tuples as labels, such as {{(layer, "
-            "position): patch}."
+            f"The label {label} must be a tuple with parts at indices 0, 3. Pass a dict whose keys are such tuples, as "
+            "in {(layer, position): patch}."
         )
 
 
@@ -586,9 +586,9 @@ def test_what_cannot_be_swept_is_refused(points: HookPoints, fault: str) -> None
 def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
     with pytest.raises(errors.StatisticsError) as caught:
         swept(points).top(-1)
-    assert (
-        str(caught.value)
-        == "top() expects the number of rows first, at least 0; got -1. For a metric, pass metric='name'."
+    assert str(caught.value) == (
+        "The first argument to top() must be the number of rows to return, at least 0; got -1. To choose a metric, "
+        "pass metric='name'."
     )
     assert len(swept(points).top(0)) == 0
 
@@ -673,7 +673,8 @@ def test_a_metric_in_the_place_of_a_number_is_an_error_that_shows_the_keyword(po
     with pytest.raises(errors.StatisticsError) as caught:
         call(swept(points, patches={(n, 0): patch for n, patch in enumerate(zeroed(points))}))
     assert str(caught.value) in (
-        "top() expects the number of rows first, at least 0; got 'first'. For a metric, pass metric='name'.",
-        "The parts of the labels must be integers, as in grid(rows=0, cols=1); got 'first', 1. For a metric, pass "
-        "metric='name'.",
+        "The first argument to top() must be the number of rows to return, at least 0; got 'first'. To choose a "
+        "metric, pass metric='name'.",
+        "rows and cols must be integers, the indices of two parts of each label, as in grid(rows=0, cols=1); got "
+        "'first', 1. To choose a metric, pass metric='name'.",
     )

@@ -68,7 +68,7 @@ def contrast(
         EditError: If `where` does not match a site's region.
         ContrastError: If clean and corrupted inputs do not form pairs, clusters do not match the pairs, the background
             is too small, an activation is not finite, or `where` selects nothing in an input.
-        ExecutorError: As for `sweep`, without `partial`.
+        ExecutorError: For the same reasons as in `sweep`. The attribute `partial` is None.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ def _no_p(absolute: bool, independent: int) -> str:
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and a dict from skipped hook points to reasons."""
+    """Return the sites to compare, in execution order, and the reason for each skipped hook point, by name."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
@@ -161,9 +161,12 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None
         point = point_at(site)
         try:
             if not point.dtype.is_floating_point:
-                raise SiteError(f"{site!r} has dtype {point.dtype}, which does not support subtraction.")
+                raise SiteError(f"{site!r} must have a floating-point dtype to be compared; got {point.dtype}.")
             if point.batch_axis is None:
-                raise SiteError(f"{site!r} has no known batch axis, so its rows cannot be paired.")
+                raise SiteError(
+                    f"{site!r} has no known batch axis, so activations cannot be compared pair by pair. Name axes with "
+                    "hook_points(..., axes={...})."
+                )
             check_leaves_channels(site, reduce)
             if where is not None and not callable(where):
                 check_mask(where, site)
@@ -176,13 +179,13 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce, where: Mask | None
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" The first hook point was skipped because: {next(iter(skipped.values()))}" if skipped else ""
-        raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
+        why = f" The first one was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        raise ContrastError(f"No hook point can be compared (number of hook points: {len(points)}).{why}")
     return found, skipped
 
 
 def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites with distinct activations, and a dict from duplicates to the reasons why they were skipped."""
+    """Return the sites with distinct activations, and a dict from each skipped duplicate to the reason for skipping."""
     first: dict[tuple[bytes, ...], Site] = {}
     repeated = {}
     for site in sites:

@@ -39,7 +39,7 @@ class Contrast(Effects):
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
             channels by `chanpatch.statistics.max_t_test`, so the p-value is valid for `top(1)`. NaN if `no_p` is not
             empty.
-        note: The reason if the interval is withheld, `"few"` if there are six to nine independent pairs, otherwise an
+        note: Reason why the interval is withheld; `"few"` if there are six to nine independent pairs; otherwise, an
             empty string.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
@@ -102,7 +102,10 @@ class Contrast(Effects):
         bound = site_of(self._points, site)
         point = self._points[bound.name]
         if point.batch_axis is None:
-            raise SiteError(f"{bound!r} has no known batch axis, so a mean over pairs cannot be computed.")
+            raise SiteError(
+                f"{bound!r} has no known batch axis, so a mean over pairs cannot be computed. Name axes with "
+                "hook_points(..., axes={...})."
+            )
         pattern = mean_pattern("steering_vector", bound, over)
         if (batch := point.axes[point.batch_axis]) not in over:
             raise SiteError(f"steering_vector at {bound!r}: over= must contain {batch!r}; got {over!r}.")

@@ -50,7 +50,7 @@ def measured(
         advice = " Use .real or .abs()." if numbers.is_complex() else ""
         raise MetricError(f"{name} returned {described(numbers)}. {_EXPECTED}{advice}")
     if not numbers.numel():
-        raise MetricError(f"{name} returned no numbers. Pass inputs with at least one row.")
+        raise MetricError(f"{name} returned no numbers. Pass at least one input to the model.")
     return numbers.reshape(-1)
 
 
@@ -85,7 +85,7 @@ class Metrics:
                 )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
-        """Compute all metrics for an output; return a dict from name to values, as float64 tensors on the CPU."""
+        """Compute all metrics for an output. Return a dict from metric names to float64 tensors on the CPU."""
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():

@@ -150,8 +150,8 @@ def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
     In a dict or an object, the value is the entry or attribute named `value` or `values`. An output tensor with shape
-    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with
-    one of these shapes after the logits or the distribution.
+    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only tensor with one of these shapes
+    after the logits or the distribution.
 
     Raises:
         MetricError: If no tensor or more than one tensor could be the value.
@@ -269,11 +269,14 @@ def _there(metric: Metric, position: int | Tensor, numbers: Sequence[int], outpu
             )
         inputs, length, _ = logits.shape
         if not -length <= min(numbers) <= max(numbers) < length:
-            raise MetricError(f"position is {shown(position)}, but the output has positions 0 to {length - 1}.")
+            raise MetricError(
+                f"position must be between {-length} and {length - 1}, because the sequences have length {length}; "
+                f"got {shown(position)}."
+            )
         if isinstance(position, int):
             return logits[:, position]
         if len(numbers) != inputs:
-            raise MetricError(f"position has {len(numbers)} entries for {inputs} inputs. Pass one position per input.")
+            raise MetricError(f"position must contain one position for each of {inputs} inputs; got {len(numbers)}.")
         return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
 
     return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})

@@ -37,7 +37,7 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return `found` if `found` is a distribution, Categorical(logits=found) if `found` is a tensor, otherwise None."""
+    """Return `found` if it is a distribution, `Categorical(logits=found)` if `found` is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
@@ -62,9 +62,9 @@ def categorical(logits: Tensor) -> Categorical | None:
         return None
     if logits.shape[-1] == 1:
         raise DistributionError(
-            f"A tensor of shape {tuple(logits.shape)} contains the logit of only one action, whose probability is "
-            "always 1. If this is the logit of the second of two actions, return "
-            "torch.distributions.Bernoulli(logits=...)."
+            f"A tensor of shape {tuple(logits.shape)} contains only one logit per input, so the probability of that "
+            "action is always 1. If this is the logit of the second of two actions, return "
+            "torch.distributions.Bernoulli(logits=...) from the model."
         )
     # Logits inside vmap and empty logits cannot be validated. Pass validate_args explicitly, because the first
     # torch.compile in a process changes the default.
@@ -84,12 +84,12 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
     return DistributionError(
         f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
         f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        f"'logits'. {advice}"
+        f"the key 'logits'. {advice}"
     )
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the action distribution that an output contains or defines by logits; otherwise, raise an error."""
+    """Return the action distribution that an output contains or its logits define. Without either, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -116,7 +116,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return an output's normalized logits, with shape `(..., action)`; otherwise, raise DistributionError."""
+    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if it has no logits."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -165,8 +165,8 @@ class Choice:
             return logits.index_select(-1, numbers).logsumexp(-1)
         if len(numbers) != len(logits):
             raise MetricError(
-                f"{self.name} has one action for each of {len(numbers)} inputs, but the output has {len(logits)} "
-                "rows. Pass one action per input, or a list of actions to treat as a single action."
+                f"{self.name} has one action for each of {len(numbers)} inputs, but the output has logits for "
+                f"{len(logits)} inputs. Pass one action per input, or a list of actions to treat as a single action."
             )
         return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
 

@@ -23,7 +23,7 @@ PERMUTATIONS = 9_999  # minimum number of permutations
 
 @dataclass(frozen=True)
 class ChannelLabel:
-    """Label for one channel.
+    """Label for one channel. A channel is dead if its sum is constant on either half of the inputs.
 
     Attributes:
         channel: Index of the channel.
@@ -74,7 +74,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return a dict per channel with keys channel, label, candidate, auc, low, high, p, adjusted p and note."""
+        """Return one dict per channel, with keys channel, label, candidate, auc, low, high, p, adjusted p and note."""
         return [
             {"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate}
             | interval_columns(each.auc, "auc", "low", "high")
@@ -149,7 +149,7 @@ def label_channels(
     """
     array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
-        raise ProbeError(f"level must be between 0 and 1, such as 0.05; got {level!r}.")
+        raise ProbeError(f"level must be greater than 0 and less than 1, such as 0.05; got {level!r}.")
     indicators = _indicators(labels, names, len(array))
     first, second = halves(indicators, seed)
     unions, members = [], []
@@ -159,7 +159,10 @@ def label_channels(
             unions.append(union)
             members.append(has_label)
     if not unions:
-        raise ProbeError("No label has at least two positives and two negatives in each half. Pass more inputs.")
+        raise ProbeError(
+            "In each half of the inputs, at least two inputs must have a label and at least two must not, but no label "
+            "meets this condition. Pass more inputs."
+        )
     in_union = np.stack(members)  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
     permutations = max(PERMUTATIONS, math.ceil(1 / level) - 1)
@@ -183,7 +186,7 @@ def _unions(labels: int) -> list[tuple[int, ...]]:
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
-    """Return whether each input has each label, with shape `(input, label)`. Reject invalid labels and names."""
+    """Return whether each input has each label, with shape `(input, label)`; check the labels and names."""
     array = np.asarray(labels)
     if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
         raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")
@@ -210,8 +213,8 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     """Return each channel's permutation p-value, and the same p-value corrected for the number of channels.
 
     `sums` has shape `(input, channel)`. `members` has shape `(channel, input)`; each row marks one channel's positives.
-    For the correction, each channel's AUC, standardized over permutations, is compared with each permutation's maximum
-    over all channels.
+    For the correction, each channel's AUC, standardized over permutations, is compared with each permutation's largest
+    standardized AUC over all channels.
     """
     import scipy.stats
 

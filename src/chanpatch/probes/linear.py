@@ -69,7 +69,7 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
 
     Raises:
         MissingPackageError: If scikit-learn is not installed.
-        ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
+        ProbeError: If sums, labels or folds are invalid, sums and labels do not match, or a label is too rare.
 
     Example:
         >>> import numpy as np

@@ -59,7 +59,7 @@ class LogisticProbe:
 
     Attributes:
         intercept: Log odds of the label if every channel equals its mean over the training inputs.
-        coefficients: Change in log odds per standard deviation of each channel, with shape `(channel,)`.
+        coefficients: Change in log odds per standard deviation of the channel, with shape `(channel,)`.
         mean: Mean of each channel over the training inputs, with shape `(channel,)`.
         std: Standard deviation of each channel over the training inputs, with shape `(channel,)`; 1 for channels that
             do not vary.

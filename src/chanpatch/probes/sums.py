@@ -52,7 +52,7 @@ def channel_sums(
         EditError: If `where` does not match the site's region.
         ProbeError: If the site has no channels or an unknown batch axis, there are no inputs, or the first axis of the
             inputs is not the batch axis.
-        ExecutorError: As for `sweep`, without `partial`.
+        ExecutorError: For the same reasons as in `sweep`. The attribute `partial` is None.
 
     Example:
         >>> import torch

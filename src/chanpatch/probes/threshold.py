@@ -30,7 +30,7 @@ _NAMES = {
     "base_rate": "base rate",
 }
 _SIDES = ("fit", "shifted", "drop")
-_LEVEL = 0.05  # maximum probability that the precision after `fit_precision` is below the minimum
+_LEVEL = 0.05  # maximum probability that a threshold from `fit_precision` has a precision below `min_precision`
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ThresholdScores:
 
 @dataclass(frozen=True, repr=False)
 class ThresholdProbe(Records):
-    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other half.
+    """A threshold on a channel's sum, fitted on one half of the inputs (the fitting half) and scored on the other half.
 
     Attributes:
         threshold: Threshold, halfway between two sums in the fitting half.
@@ -137,7 +137,7 @@ class ThresholdProbe(Records):
             hypotheses" (2005), for the levels of the tests.
         """
         if not 0 < min_precision <= 1:
-            raise ProbeError(f"min_precision must be between 0 and 1, such as 0.9; got {min_precision!r}.")
+            raise ProbeError(f"min_precision must be greater than 0 and at most 1, such as 0.9; got {min_precision!r}.")
         (fitted, positive), held_out = _halved(sums, labels, seed)
         thresholds, hits, alarms = _candidates(fitted, positive)
         direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
@@ -151,8 +151,8 @@ class ThresholdProbe(Records):
             raise ProbeError(
                 f"No threshold reaches precision {min_precision:g} with 95% confidence. The strongest evidence is for "
                 f"sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
-                f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more "
-                "inputs, or use another channel."
+                f"{hits[best] + alarms[best]} accepted inputs in the half used for fitting. Lower min_precision, "
+                "pass more inputs, or use another channel."
             )
         threshold = float(thresholds[precise][-1])
         criterion = f"95% confidence in a precision of at least {min_precision:g}"
@@ -198,13 +198,13 @@ class ThresholdProbe(Records):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Records):
-    """Scores for a threshold on shifted data, alongside the same threshold's scores on the held-out half.
+    """Scores for a threshold on shifted data, alongside the threshold's scores on held-out inputs that are not shifted.
 
     Precision depends on the base rate; recall, false-positive rate and AUC do not. Precisions are therefore compared at
     the base rate of the held-out half.
 
     Attributes:
-        fit: Scores on the held-out half.
+        fit: Scores on the held-out half of the inputs that were passed to `fit` or `fit_precision`.
         shifted: Scores on shifted data.
     """
 
@@ -273,14 +273,14 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
-            f"All {len(fitting)} sums in the fitting half equal {array[fitting[0]]:g}. Use a channel that varies, or "
-            "pass more inputs."
+            f"All {len(fitting)} sums in the half of the inputs used for fitting equal {array[fitting[0]]:g}. Use a "
+            "channel that varies, or pass more inputs."
         )
     return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return a threshold between every two neighboring sums, and the numbers of positives and negatives above each.
+    """Return all thresholds between neighboring sums, and the numbers of positives and negatives above each threshold.
 
     The thresholds are in ascending order. Equal sums have no threshold between them.
     """

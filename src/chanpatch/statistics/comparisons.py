@@ -105,7 +105,10 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
     samples = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
     stratum = _numbered(np.zeros(len(samples[0])) if strata is None else strata)
     if not len(samples[0]) == len(samples[1]) == len(stratum):
-        raise StatisticsError("first, second and strata must have equal lengths, one entry per input.")
+        raise StatisticsError(
+            "first, second and strata must have equal lengths, one entry per input; got lengths "
+            f"{len(samples[0])}, {len(samples[1])} and {len(stratum)}."
+        )
     size, ranks = np.bincount(stratum), []
     for sample in samples:
         # Rank all inputs, one stratum after the other; subtracting a stratum's mean rank removes its offset.
@@ -149,7 +152,11 @@ def stratified_difference_interval(
     """
     one, other, stratum = booleans(success), booleans(first), _numbered(strata)
     if one is None or other is None or one.ndim != 1 or not one.shape == other.shape == stratum.shape or not one.size:
-        raise StatisticsError("success and first must have one boolean per input, and strata one label per input.")
+        kinds = [f"{array.dtype} of shape {array.shape}" for array in map(np.asarray, (success, first, strata))]
+        raise StatisticsError(
+            "success and first must have one boolean per input, and strata must have one label per input; got "
+            f"{kinds[0]}, {kinds[1]} and {kinds[2]}."
+        )
     count = int(stratum.max()) + 1
 
     def difference(rows: Floats) -> float:

@@ -63,7 +63,7 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
     withheld, the result is False.
 
     Args:
-        difference: Interval for one difference, or for an array of differences; the result then has the array's shape.
+        difference: Interval for one difference, or for an array of differences. The result has the same shape.
         margin: Largest negligible difference, in the unit of `difference`. Choose the margin before seeing the data.
 
     Raises:
@@ -87,5 +87,5 @@ def _checked(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_
     tested = ~np.isnan(p)
     outside = p[tested & ~((p >= 0) & (p <= 1))]
     if outside.size:
-        raise StatisticsError(f"p-values must lie between 0 and 1; got {float(outside[0])}.")
+        raise StatisticsError(f"p_values must lie between 0 and 1; got {float(outside[0])}.")
     return p, tested

@@ -14,7 +14,7 @@ from .means import clustered, mean, mean_interval, noted, totals, withheld
 
 _BLOCK = 256  # number of channels to flip at a time, to limit memory
 _SIGNS = 2**22  # number of signs to draw at a time, to limit memory to 32 MB
-FLIPS = 9_999  # 10,000 including the observed pattern
+FLIPS = 9_999  # default number of sign patterns to draw; 10,000 with the observed pattern
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
         Westfall and Young, "Resampling-based multiple testing" (1993), section 2.3; Nichols and Holmes,
         "Nonparametric permutation tests for functional neuroimaging" (2002), for the maximum statistic.
     """
-    quantile(confidence)  # raises if invalid
+    quantile(confidence)  # raises an error if the confidence is invalid
     rows, cluster, many = clustered("differences", differences, clusters)
     known, estimate, note = np.isfinite(rows).all(axis=0), mean(rows), withheld(rows, cluster)
     if many < FEWEST:
@@ -160,8 +160,8 @@ def sign_flip_test(
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
     """Return the number of sign patterns to use for `many` clusters, and whether these patterns are complete.
 
-    The patterns are complete if they include, for every pattern, the pattern or its mirror image (with the same
-    absolute mean).
+    The patterns are complete if they include, for every possible pattern, either that pattern or its mirror image,
+    which has the same absolute mean.
     """
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)

@@ -30,8 +30,8 @@ class Interval(Generic[Number]):
         estimate: Point estimate.
         low, high: Both endpoints of the interval; NaN if the interval is withheld.
         confidence: Nominal coverage.
-        note: `"few"` if there are six to nine independent rows, the reason why a withheld interval is withheld,
-            otherwise an empty string. With many channels, an array with one string per channel.
+        note: Reason why the interval is withheld; `"few"` if there are six to nine independent rows; otherwise, an
+            empty string. With many channels, an array with one string per channel.
     """
 
     estimate: Number
@@ -61,8 +61,8 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 def too_few(independent: int, kind: str = "rows") -> str:
     """Return the note for an interval that is based on the given number of independent rows.
 
-    The note is the reason why the interval is withheld if there are fewer than six rows, `"few"` if there are six to
-    nine, otherwise an empty string. `kind` is the noun for the rows in the note, such as `"clusters"`.
+    With fewer than six rows, the note is the reason why the interval is withheld. With six to nine rows, the note is
+    `"few"`. With more rows, the note is empty. `kind` is the noun for the rows in the note, such as `"clusters"`.
     """
     if independent < FEWEST:
         noun = re.sub(r"s\b", "", kind, count=1) if independent == 1 else kind
@@ -89,13 +89,16 @@ def finite(
 ) -> Floats:
     """Return `values` as an array of floats; raise `error` if a value is not finite.
 
-    If `axes` contains names, also raise `error` if the array does not have exactly one nonempty axis per name.
+    If `axes` is given, also raise `error` if the array does not have exactly one nonempty axis per name.
     """
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
-        raise error(f"{name} must have nonempty axes ({', '.join(axes)}); got shape {array.shape}.")
+        raise error(f"{name} must be a nonempty array with axes ({', '.join(axes)}); got shape {array.shape}.")
     for wrong in np.argwhere(~np.isfinite(array))[:1].tolist():
-        raise error(f"{name}[{', '.join(map(str, wrong))}] is not finite. Remove that input.")
+        raise error(
+            f"{name}[{', '.join(map(str, wrong))}] must be finite; got {array[tuple(wrong)]}. Leave out that input, "
+            "pair or episode."
+        )
     return array
 
 
@@ -117,7 +120,7 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if a label has another value."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if a label has any other value."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
@@ -133,13 +136,13 @@ def quantile(confidence: float, freedom: int | None = None) -> float:
     import scipy.stats
 
     if not 0 < confidence < 1:
-        raise StatisticsError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence!r}.")
+        raise StatisticsError(f"confidence must be greater than 0 and less than 1, such as 0.95; got {confidence!r}.")
     level = (1 + confidence) / 2
     return float(scipy.stats.norm.ppf(level) if freedom is None else scipy.stats.t.ppf(level, freedom))
 
 
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
-    """Return the Wilson score interval for a proportion in n trials."""
+    """Return the Wilson score interval for a proportion observed in n trials."""
     z = quantile(confidence)
     center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)

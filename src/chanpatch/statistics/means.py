@@ -52,7 +52,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 
 def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
-    """Return the lower and the upper limit for each channel's mean, even if `mean_interval` withholds the interval."""
+    """Return each channel's lower and upper confidence limits, even if `mean_interval` withholds the interval."""
     many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -118,6 +118,7 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
     """Return an interval with the given note.
 
     Both endpoints are set to NaN if the note is a reason to withhold the interval, or if `low` or `high` is not finite.
+    In the second case, the note of the result is the reason.
     """
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
@@ -153,7 +154,7 @@ def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
 
 
 def clustered(name: str, sample: ArrayLike, clusters: ArrayLike | None) -> tuple[Floats, Rows, int]:
-    """Return the rows of a sample, the cluster number of each row, and the number of clusters."""
+    """Return a sample's rows as an array of floats, the cluster number of each row, and the number of clusters."""
     rows = np.asarray(sample, dtype=np.float64)
     if rows.ndim == 0 or not rows.size:
         raise StatisticsError(f"{name} must have at least one row on its first axis; got shape {rows.shape}.")
@@ -167,10 +168,12 @@ def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[Chanpatch
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
-        raise error(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
+        raise error(
+            f"clusters must have one label for each of the {rows} rows (inputs or pairs); got shape {labels.shape}."
+        )
     for row, label in enumerate(labels.tolist()):
         if label is None or label != label:  # NaN
-            raise error(f"clusters[{row}] must be a label; got {label}. Give this row a label, or leave the row out.")
+            raise error(f"clusters[{row}] must be a label; got {label}. Label this input or pair, or leave it out.")
     known: dict[Any, int] = {}
     if labels.dtype == object:  # labels of different types cannot be sorted
         return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])

@@ -178,7 +178,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
     """
     _check_one_confidence(true_positive_rate, false_positive_rate)
     if not 0 < base_rate < 1:
-        raise StatisticsError(f"base_rate must lie between 0 and 1; got {base_rate!r}.")
+        raise StatisticsError(f"base_rate must be greater than 0 and less than 1; got {base_rate!r}.")
     hit, alarm = true_positive_rate, false_positive_rate
     lowest = _lowest_ratio(hit.estimate, hit.low, alarm.estimate, alarm.high)
     lowest_inverse = _lowest_ratio(alarm.estimate, alarm.low, hit.estimate, hit.high)
@@ -212,12 +212,12 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
     """Return the lower endpoint of the interval for the ratio `above / below`.
 
-    At this ratio, the interval for the difference `above - ratio * below` has lower endpoint 0. `above_low` and
+    At this ratio, the interval for the difference `above - ratio * below` has 0 as its lower endpoint. `above_low` and
     `below_high` are endpoints of the intervals for `above` and `below`.
     """
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # squared is 0, up to rounding, if both intervals have zero width
+    root = math.sqrt(max(squared, 0.0))  # `squared` is 0, up to rounding, if both intervals have zero width
     return numerator / (above * below + root) if numerator else 0.0
 
 

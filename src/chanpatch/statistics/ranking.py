@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ..errors import StatisticsError
 from .interval import FEWEST, Booleans, Floats, Interval, few_others, finite, quantile, too_few, two_groups, wilson
 
-FEWEST_CONTROLS = 19  # with fewer, even rank 1 has p above 0.05
+FEWEST_CONTROLS = 19  # with fewer controls, even rank 1 has p above 0.05
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -21,8 +21,8 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
     Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies between
-    0 and 1 and allows the two groups to differ in variance. If six to nine inputs have the rarer label, the
-    interval's note is `"few"`; if fewer than six inputs have the rarer label, the interval is withheld.
+    0 and 1 and allows the two groups to differ in variance. If six to nine inputs have the rarer label, the interval's
+    note is `"few"`; if fewer than six inputs have the rarer label, the interval is withheld.
 
     Args:
         scores: One finite number per input.
@@ -54,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The groups' scores are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
+        # The scores are separated or tied, so the variance is unknown. Use Wilson's interval for `fewest` trials.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)
@@ -62,10 +62,10 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
 
 def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
-    """Return two arrays of placements. Ties count as one half.
+    """Return the placements of the positives and the placements of the negatives. Ties count as one half.
 
-    The first contains, for each positive, the fraction of negatives with a lower score. The second contains, for each
-    negative, the fraction of positives with a higher score.
+    A positive's placement is the fraction of negatives with a lower score. A negative's placement is the fraction of
+    positives with a higher score.
     """
     import scipy.stats
 
@@ -81,7 +81,7 @@ def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
 def placement_margin(positive: Floats, negative: Floats, confidence: float) -> float:
     """Return half the width of DeLong's interval for an AUC, given the placements of positives and of negatives.
 
-    For the difference in AUC between two scores, pass the differences between their placements instead.
+    For the difference in AUC between two scores, pass the differences between the placements for the two scores.
     """
     variance = positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size
     return quantile(confidence, min(positive.size, negative.size) - 1) * math.sqrt(variance)
@@ -96,8 +96,8 @@ def separated(positive: Floats, negative: Floats) -> bool:
 def areas(scores: Floats, positive: Booleans) -> Floats:
     """Return each channel's AUC for each set of positives, with shape `(set, channel)`.
 
-    `scores` has shape `(input, channel)`, and `positive` has shape `(set, input)`. An AUC is NaN if a set contains all
-    inputs or none.
+    `scores` has shape `(input, channel)`, and `positive` has shape `(set, input)`. An AUC is NaN if its set contains
+    all inputs or no inputs.
     """
     import scipy.stats
 
@@ -136,8 +136,8 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
     The p-value is the fraction of all effects (this effect and the controls) that rank at least as high as this effect.
-    The p-value is meaningless if the patched channel was selected for its large effect, or if the patched channel and
-    the controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude controls that
+    The p-value is meaningless if the patched channel was selected for its large effect, or if the patched channel is
+    not exchangeable with the controls. For a directional claim, use a one-sided alternative, or exclude controls that
     encode the opposite feature.
 
     Args:
@@ -165,7 +165,10 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
             f"controls must have shape (control,) with at least one control; got shape {others.shape}."
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
-        raise StatisticsError("All effects must be finite to be ranked. Remove controls with NaN or infinite effects.")
+        raise StatisticsError(
+            f"All effects must be finite to be ranked; got {effect} for the patch, and NaN or infinity for "
+            f"{(~np.isfinite(others)).sum()} of {others.size} controls. Leave out such controls."
+        )
     if alternative not in get_args(Alternative):
         names = ", ".join(map(repr, get_args(Alternative)))
         raise StatisticsError(f"alternative must be one of {names}; got {alternative!r}.")
@@ -178,7 +181,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return `rank` without a p-value if `no_p` contains a reason for that; otherwise, return `rank` unchanged."""
+    """Return `rank` without a p-value if `no_p` contains a reason to omit it; otherwise, return `rank` unchanged."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
