@@ -203,7 +203,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a key that is a tuple": (
         TypeError,
         lambda: cache()["resid_post", 1],
-        "A cache is indexed by a site, a hook point or a name; got ('resid_post', 1).",
+        "A cache's key must be a site, a hook point or a name, as in cache['conv1']; got ('resid_post', 1).",
     ),
     "a function that selects names": (
         TypeError,
@@ -267,33 +267,33 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: either a new activation "
-        "or, to change nothing, the activation that was passed to it.",
+        "The edit in Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: either a new "
+        "activation or, to change nothing, the activation that was passed to the edit.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), first_rows)),
-        "Patch(Site('fc'), first_rows) returned a tensor with shape (1, 4), but the region has shape (4, 4) (axes "
-        "batch, feature).",
+        "The edit in Patch(Site('fc'), first_rows) returned a tensor with shape (1, 4). An edit must return a tensor "
+        "with the region's shape: (4, 4) (axes batch, feature).",
     ),
     "an edit that returns another dtype": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), doubled)),
-        "Patch(Site('fc'), doubled) returned a tensor with dtype torch.float64, but the region has dtype "
-        "torch.float32.",
+        "The edit in Patch(Site('fc'), doubled) returned a tensor with dtype torch.float64. An edit must return a "
+        "tensor with the region's dtype: torch.float32.",
     ),
     "an edit that writes in place": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), emptied)),
-        "Patch(Site('fc'), emptied) modified its region in place. Return a new tensor, such as activation * 0 instead "
-        "of activation.mul_(0).",
+        "The edit in Patch(Site('fc'), emptied) modified the activation in place. Return a new tensor, such as "
+        "activation * 0 instead of activation.mul_(0).",
     ),
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) introduced NaN into a region that contained no NaN. Check whether an operand was "
-        "computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or "
-        "PatchedPolicy.",
+        "Patch(Site('fc'), divided) introduced NaN: at least one element is NaN only with the patch. Check whether a "
+        "tensor in the edit was computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False "
+        "to patched(), sweep() or PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
@@ -345,7 +345,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has shape (0, 4), which has no rows along batch_axis=0.",
+        "Resample: the reference must have at least one row along batch_axis=0; got shape (0, 4).",
     ),
     "rows drawn along another axis": (
         errors.EditError,
@@ -374,8 +374,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a cache times a tensor": (
         TypeError,
         lambda: cache() * torch.ones(4),
-        "An ActivationCache can be combined only with another cache or a number; got Tensor, which would broadcast to "
-        "every site. Use the activation at one site: cache[site] * tensor.",
+        "An ActivationCache can be combined only with another cache or a number; got Tensor. To combine a tensor with "
+        "the activation at one site, use cache[site] * tensor.",
     ),
     "no sites": (
         errors.SiteError,
@@ -385,7 +385,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached must contain only hook points that are recorded; got ['fcc']. Did you mean 'fc'?",
+        "allow_unreached must name only hook points that are recorded; got ['fcc']. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,
@@ -459,7 +459,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a cache without the site": (
         errors.EditError,
         lambda: patch_in(POINTS.site("fc"), cache()),
-        "The cache contains neither Site('fc') nor the whole hook point. Sites in the cache: Site('relu1').",
+        "The cache contains neither Site('fc') nor its whole hook point, so record one of the two. Sites in the cache: "
+        "Site('relu1').",
     ),
     "a key that the cache lacks": (
         errors.HookPointError,
@@ -469,7 +470,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Caches with different sites cannot be combined. Sites in only one cache: Site('fc'), Site('relu1').",
+        "Only caches with the same sites can be combined. Sites in only one cache: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,
@@ -539,7 +540,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a context that was closed twice": (
         RuntimeError,
         lambda: patched(POINTS, zero_ablate(POINTS.site("fc"))).__exit__(None, None, None),
-        "This context is not open: it was already closed, or never entered. Use `with`.",
+        "This context was never entered, or is already closed. Open it with a `with` statement.",
     ),
     "an index without its axis": (
         errors.SiteError,

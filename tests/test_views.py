@@ -334,9 +334,9 @@ def test_recordings_of_several_lengths_are_joined_if_their_regions_have_one_shap
         for length in (5, 2):
             model(x[:, :length])
     assert str(caught.value) == (
-        "Site('qkv') was recorded with shapes (3, 5, 3, 4, 2) and (3, 2, 3, 4, 2), which cannot be joined along the "
-        "batch axis. Record a single position, as in position=-1, reduce the axis with reduce=, or open one recording "
-        "per length."
+        "Site('qkv') has shape (3, 5, 3, 4, 2) in one forward pass and (3, 2, 3, 4, 2) in another, so the activations "
+        "cannot be joined along the batch axis. Record a single position (position=-1), pass reduce= to reduce the "
+        "axis whose length varies, or open one recording per length."
     )
 
 

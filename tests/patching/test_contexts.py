@@ -472,7 +472,9 @@ def test_where_that_asks_for_rows_without_a_proved_batch_is_refused():
 def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image):
     patch = edit(points.site("conv"), lambda activation, *, context: activation * (context.rows.sum() > 0))
     with (
-        pytest.raises(TraceMismatchError, match="has 4 rows, but the model was called with 3 rows"),
+        pytest.raises(
+            TraceMismatchError, match="has 4 rows along its batch axis, but the model was called with 3 rows"
+        ),
         patched(points, patch),
         forward_context(rows=[0, 1, 2]),
     ):
@@ -646,7 +648,7 @@ def test_a_reference_of_integers_has_no_mean(plain_cnn):
 @pytest.mark.parametrize("verb", [mean_ablate, patch_in, steer])
 def test_a_cache_that_holds_another_site_is_refused(net, points, image, verb):
     _, cache = run_with_cache(points, image, sites="fc")
-    with pytest.raises(EditError, match=r"contains neither Site\('conv'\) nor the whole hook point"):
+    with pytest.raises(EditError, match=r"contains neither Site\('conv'\) nor its whole hook point"):
         verb(points.site("conv"), cache)
 
 

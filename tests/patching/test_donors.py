@@ -408,7 +408,7 @@ RETURNED = (
 def test_a_donor_with_another_number_of_rows_is_an_error(policy: Policy) -> None:
     assert raised(policy, lambda context: context.inputs[0][:1]) == (
         "Site('relu') has shape (1, 8) with the donor's inputs, but (3, 8) in the patched forward pass. The donor must "
-        "return as many rows as context.inputs, of the same lengths."
+        "return inputs with the same shapes as context.inputs."
     )
 
 
@@ -425,8 +425,8 @@ def test_a_donor_that_returns_no_inputs_is_an_error(policy: Policy) -> None:
 
 def test_a_donor_that_calls_the_patched_model_is_an_error(policy: Policy) -> None:
     assert raised(policy, lambda context: policy(*context.inputs)) == (
-        "The donor at Site('relu') calls the patched Policy. A donor must only return inputs, on which chanpatch then "
-        "runs the model."
+        "The donor at Site('relu') calls the patched Policy. A donor must only return inputs; chanpatch then runs the "
+        "model on these inputs."
     )
 
 
@@ -439,8 +439,8 @@ def test_a_donor_whose_forward_pass_does_not_reach_the_site_is_an_error() -> Non
     with pytest.raises(UnreachedError) as caught, patched(policy, patch_in(Site("relu"), donor=blank)):
         policy(torch.ones(3, 4))
     assert str(caught.value) == (
-        "The donor's forward pass did not reach Site('relu'). The donor must return inputs for which __call__() runs "
-        "this module."
+        "The forward pass on the donor's inputs did not reach Site('relu'). The donor must return inputs for which "
+        "__call__() calls this module."
     )
 
 
@@ -464,7 +464,9 @@ def test_a_donor_needs_a_call_to_the_model(policy: Policy) -> None:
     twin = PatchedPolicy(policy, patch_in(Site("relu"), donor=blank))
     with pytest.raises(EditError) as caught:
         twin.relu(torch.randn(3, 8))
-    assert str(caught.value) == "The donor at Site('relu') needs a call to the model, but only a submodule was called."
+    assert str(caught.value) == (
+        "The donor at Site('relu') needs a call to the whole model, but only a submodule was called."
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,7 +502,9 @@ def test_a_donor_inside_vmap_is_an_error(policy: Policy) -> None:
     twin = PatchedPolicy(policy, patch_in(Site("relu"), donor=blank))
     with pytest.raises(UnsupportedModelError) as caught:
         torch.vmap(twin)(torch.randn(3, 2, 4))
-    assert str(caught.value) == "The donor at Site('relu') cannot run inside torch.vmap or another transform."
+    assert str(caught.value) == (
+        "The donor at Site('relu') cannot run inside torch.vmap or another transform. Call the model outside vmap."
+    )
 
 
 def test_two_labels_may_not_share_a_donor_with_state(policy: Policy) -> None:

@@ -272,7 +272,10 @@ def test_a_whole_number_that_wraps_around_is_an_error(name):
     dtype, edit = WRAPPED[name]
     with pytest.raises(EditError) as caught:
         edit(torch.full((2, 3), 100, dtype=dtype))
-    assert str(caught.value) == f"{type(edit).__name__}: the result does not fit in the region's dtype, {dtype}."
+    assert str(caught.value) == (
+        f"{type(edit).__name__}: the result is out of range for the region's dtype, {dtype}. Use smaller values, or "
+        "patch a floating-point activation."
+    )
 
 
 @pytest.mark.parametrize(("edit", "expected"), [(Add(155, 1), 255), (Add(1, -100), 0), (Scale(2), 200)], ids=str)

@@ -594,4 +594,7 @@ def test_a_sparse_activation_is_refused_with_a_mask() -> None:
         UnsupportedModelError,
         lambda: run_with_cache(Same(), sparse, sites="body", reduce=("a b -> a", "sum"), where=lambda context: True),
     )
-    assert text == "`where` at Site('body') needs a dense tensor; got sparse_coo. Omit `where`."
+    assert text == (
+        "`where` at Site('body') needs a dense tensor; got a sparse_coo tensor. Omit `where`, or make the tensor dense "
+        "in the model."
+    )

@@ -540,8 +540,8 @@ def test_caches_of_many_rows_and_of_one_are_not_combined(points, image):
         with pytest.raises(SiteError) as caught:
             first - second
         assert str(caught.value) == (
-            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Only the result of "
-            "cache.mean() may be broadcast, and only along the batch axis."
+            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. The shapes must be "
+            "equal. Only the result of cache.mean() is broadcast, along the batch axis."
         )
 
 

@@ -17,8 +17,8 @@ def model() -> nn.Module:
 
 def message(name: str) -> str:
     return (
-        f"'{name}' was replaced, or lost its hooks, while a patching or recording context was open. Modify the model "
-        "before you open the context."
+        f"The module '{name}' was replaced, or its hooks were removed, while a patching or recording context was open. "
+        "Modify the model before you open the context."
     )
 
 

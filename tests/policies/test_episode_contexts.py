@@ -165,7 +165,9 @@ def test_outside_a_rollout_a_row_is_its_own_environment_and_has_no_seed(points, 
     with pytest.raises(RolloutError) as caught, patched(points, edit(site, note)):
         points.model(torch.zeros(3, 4))
     assert seen == [([0, 1, 2], None, None, 0)]
-    assert str(caught.value) == "context.seeds at Site('1') is available only in a rollout."
+    assert str(caught.value) == (
+        "context.seeds at Site('1') is available only in a rollout, as in rollout() or rollout_sweep()."
+    )
 
 
 class Near:
@@ -401,11 +403,11 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         PatchedPolicy(points, [edit(points.site("0"), previous), edit(site, previous)])
     assert str(caught.value) == (
-        "Previous is the edit at both Site('0') and Site('1'), so the two patches would share its state. Use a "
-        "separate object for each patch, or a plain function."
+        "Previous is the edit at both Site('0') and Site('1'), so the two patches would share the edit's state. Use a "
+        "separate edit object for each patch, or a plain function."
     )
     for one, two in ((previous, previous), (previous.method, previous.method), (previous, previous.__call__)):
-        with pytest.raises(EditError, match="would share its state"):
+        with pytest.raises(EditError, match="would share the edit's state"):
             patched(points, [edit(site, one), edit(site, two)])
 
 

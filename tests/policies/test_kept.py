@@ -177,7 +177,10 @@ def test_activations_from_outside_a_rollout_have_no_steps():
         points.model(torch.zeros(2, 4))
     with pytest.raises(RolloutError) as caught:
         cache.steps("1")
-    assert str(caught.value) == "Site('1') has no episodes and steps, because its rows were not recorded in a rollout."
+    assert str(caught.value) == (
+        "The episodes and steps at Site('1') are unknown, because the activation was not recorded in a rollout or was "
+        "recorded without its batch axis. Open the recording around rollout(), and keep the batch axis."
+    )
 
 
 # --- Parts

@@ -429,21 +429,22 @@ def test_the_patch_that_brought_nan_is_named(points):
     }
     message = refused(NaNError, points, patches)
     assert message.startswith(
-        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region that contained no NaN."
+        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN: at least one element is NaN only with the "
+        "patch."
     )
 
 
 def test_an_edit_that_writes_in_place_is_refused(points):
     message = refused(EditError, points, {"in place": edit(points.site("layers.1"), lambda region: region.zero_())})
-    assert message.endswith("modified its region in place. Return a new tensor, such as activation * 0 instead of "
+    assert message.endswith("modified the activation in place. Return a new tensor, such as activation * 0 instead of "
                             "activation.mul_(0).")  # fmt: skip
 
 
 def test_what_an_edit_returns_is_checked_against_its_own_rows(points):
     message = refused(EditError, points, {"other": edit(points.site("layers.1"), lambda region: region[:, :2])})
     assert message.startswith(
-        "'other': Patch(Site('layers.1'), <lambda>) returned a tensor with shape (3, 2), but the region has shape "
-        "(3, 16)"
+        "'other': The edit in Patch(Site('layers.1'), <lambda>) returned a tensor with shape (3, 2). An edit must "
+        "return a tensor with the region's shape: (3, 16)"
     )
 
 

@@ -177,7 +177,8 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern of several in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.*"],
-        "The cache has 2 sites at 'h.*'. Sites in the cache: Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "The cache contains 2 sites at 'h.*'; pass one site. Sites in the cache: "
+        "Site('h.10.out[0]'), Site('h.11.out[0]').",
     ),
     "a pattern of none in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.1*.out[1]"],

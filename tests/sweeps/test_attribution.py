@@ -415,8 +415,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several sites": (
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
-        "'both' has 2 patches, but attribution() estimates the effect of one patch per label. Give each patch its own "
-        "label, or use sweep() to apply several patches together.",
+        "The label 'both' has 2 patches, but estimates need one patch per label. Give each patch or receiver its own "
+        "label, or use sweep() or path_patch() to patch several sites together.",
     ),
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
@@ -472,7 +472,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' has dtype torch.int64, so it has no gradient. Patch the embedding instead.",
+        "'.in[0]' has dtype torch.int64, so it has no gradient. Patch a later hook point.",
     ),
 }
 

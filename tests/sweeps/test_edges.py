@@ -230,13 +230,13 @@ def test_a_network_in_training_mode_gives_the_same_matrix_as_single_path_patches
          "Expected one site, but got 2: Site('first'), Site('aside'). Pass one of these sites."),
         (lambda: matrix(["second", "head"], ["first.in[0]"]), SiteError,
          "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward pass, so no "
-         "path connects them. Print the HookPoints to see their execution order."),
+         "path connects the two. Print the HookPoints to see their execution order."),
         (lambda: path_patch(POINTS, CLEAN, CORRUPTED, ["first"], RECEIVERS, metric={"a": first_logit}), MetricError,  # type: ignore[dict-item]
          "The metric must be a function of the model's output; got dict. Only sweep() accepts a dict of several "
          "metrics."),
         (lambda: edges(receivers={"both": ["second.in[0]", "head.in[0]"]}), SweepError,
-         "('embed', 'both') has 2 patches, but attribution() estimates the effect of one patch per label. Give each "
-         "patch its own label, or use sweep() to apply several patches together."),
+         "The label ('embed', 'both') has 2 patches, but estimates need one patch per label. Give each patch or "
+         "receiver its own label, or use sweep() or path_patch() to patch several sites together."),
     ],
 )  # fmt: skip
 def test_what_is_no_matrix_of_paths_is_refused(fails: Any, kind: type[Exception], message: str) -> None:
@@ -335,8 +335,9 @@ def test_a_receiver_that_is_written_into_in_place_has_paths_and_no_estimates() -
     with pytest.raises(SiteError) as caught:
         edge_attribution(points, clean, corrupted, ["embed"], receivers, metric=first_logit)
     assert str(caught.value) == (
-        "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. Use "
-        "path_patch(), choose the module's output as the receiver, or build the module with inplace=False."
+        "A module modifies a receiver's activation in place, and the original activation is also read elsewhere, so "
+        "the gradient is wrong. Use path_patch(), choose the module's output as the receiver, or build the module with "
+        "inplace=False."
     )
 
 

@@ -249,7 +249,7 @@ def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
         effect("second", "first.in[0]")
     assert str(caught.value) == (
         "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward pass, so no "
-        "path connects them. Print the HookPoints to see their execution order."
+        "path connects the two. Print the HookPoints to see their execution order."
     )
     with pytest.raises(SiteError, match="does not come after the sender"):
         effect("second", ["head.in[0]", "second"])

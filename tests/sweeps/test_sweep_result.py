@@ -88,7 +88,7 @@ def test_two_patches_with_one_label_are_an_error(points: HookPoints) -> None:
 def test_no_patches_are_an_error(points: HookPoints) -> None:
     with pytest.raises(errors.SweepError, match="There are no patches"):
         swept(points, patches=[])
-    with pytest.raises(errors.SweepError, match="The label 'nothing' in patches has no patch"):
+    with pytest.raises(errors.SweepError, match="In `patches`, the label 'nothing' has no patches"):
         swept(points, patches={"nothing": []})
 
 
@@ -134,7 +134,7 @@ def test_several_metrics_are_measured_in_one_sweep(points: HookPoints) -> None:
 def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
     result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
     with pytest.raises(
-        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one metric."
+        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one metric as"
     ):
         result.effect()
     with pytest.raises(errors.MetricError, match="This sweep has no metric 'third'"):

@@ -77,14 +77,17 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         """
         site = self._site(key)
         if site not in self._steps or self._batch_axes[site] is None:
-            raise RolloutError(f"{site!r} has no episodes and steps, because its rows were not recorded in a rollout.")
+            raise RolloutError(
+                f"The episodes and steps at {site!r} are unknown, because the activation was not recorded in a rollout "
+                "or was recorded without its batch axis. Open the recording around rollout(), and keep the batch axis."
+            )
         return torch.cat(self._steps[site])
 
     def _site(self, key: Site | str | HookPoint) -> Site:
         if isinstance(key, Site) and key in self._parts:
             return key
         if not isinstance(key, (str, Site, HookPoint)):
-            raise TypeError(f"A cache is indexed by a site, a hook point or a name; got {key!r}.")
+            raise TypeError(f"A cache's key must be a site, a hook point or a name, as in cache['conv1']; got {key!r}.")
         name = key if isinstance(key, str) else key.name
         names = self._matching(key) if isinstance(key, str) and is_pattern(key) else [name]
         held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]
@@ -95,7 +98,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         if len(held) != 1:
             held_sites = ", ".join(map(repr, self)) or "none yet"
             hint = "" if held else did_you_mean(name, [site.name for site in self])
-            fault = f"has {len(held)} sites at '{name}'" if held else f"does not contain {key!r}"
+            fault = f"contains {len(held)} sites at '{name}'; pass one site" if held else f"does not contain {key!r}"
             raise HookPointError(f"The cache {fault}.{hint} Sites in the cache: {held_sites}.")
         return held[0]
 
@@ -149,12 +152,12 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             return self._like(lambda activation, site: operation(_widened(activation), other))
         if not isinstance(other, ActivationCache):
             raise TypeError(
-                f"An ActivationCache can be combined only with another cache or a number; got {type(other).__name__}, "
-                "which would broadcast to every site. Use the activation at one site: cache[site] * tensor."
+                f"An ActivationCache can be combined only with another cache or a number; got {type(other).__name__}. "
+                "To combine a tensor with the activation at one site, use cache[site] * tensor."
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Caches with different sites cannot be combined. Sites in only one cache: {apart}.")
+            raise SiteError(f"Only caches with the same sites can be combined. Sites in only one cache: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]
@@ -162,8 +165,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             pairs = enumerate(itertools.zip_longest(lengths, others, fillvalue=-1))
             if any(m != n and (axis in fixed or -1 in (m, n) or 1 not in (m, n)) for axis, (m, n) in pairs):
                 raise SiteError(
-                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Only the result of "
-                    "cache.mean() may be broadcast, and only along the batch axis."
+                    f"{site!r} has shape {lengths} in one cache and {others} in the other. The shapes must be equal. "
+                    "Only the result of cache.mean() is broadcast, along the batch axis."
                 )
         combined = self._like(lambda activation, site: operation(_widened(activation), _widened(other[site])))
         combined._is_mean = self._is_mean and other._is_mean
@@ -234,10 +237,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             axis, empty = self._batch_axes[site], (counts == 0).nonzero()
             if len(empty):
                 rows = [] if axis is None else sorted({*empty[:, axis].tolist()})
-                place = (
-                    f"in rows {', '.join(map(str, rows[:8]))}{', ...' * (len(rows) > 8)}" if rows else "for some values"
-                )
-                notes.append(f"NaN at {site!r}: `where` selects nothing {place}.")
+                place = f"in row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:8]))}" if rows else "for some values"
+                notes.append(f"NaN at {site!r}: `where` selects nothing {place}{', ...' * (len(rows) > 8)}.")
         return notes
 
     def _title(self) -> str:
@@ -256,9 +257,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         fixed = [[n for axis, n in enumerate(each.shape) if axis != batch_axis] for each in (*parts[:1], activation)]
         if fixed[0] != fixed[-1]:
             raise SiteError(
-                f"{site!r} was recorded with shapes {tuple(parts[0].shape)} and {tuple(activation.shape)}, which "
-                "cannot be joined along the batch axis. Record a single position, as in position=-1, reduce the axis "
-                "with reduce=, or open one recording per length."
+                f"{site!r} has shape {tuple(parts[0].shape)} in one forward pass and {tuple(activation.shape)} in "
+                "another, so the activations cannot be joined along the batch axis. Record a single position "
+                "(position=-1), pass reduce= to reduce the axis whose length varies, or open one recording per length."
             )
         parts.append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis

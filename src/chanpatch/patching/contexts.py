@@ -68,8 +68,8 @@ class ContextSession(Session):
                 lost.append(listener.place.module)
         if lost:
             raise UnsupportedModelError(
-                f"'{lost[0]}' was replaced, or lost its hooks, while a patching or recording context was open. Modify "
-                "the model before you open the context."
+                f"The module '{lost[0]}' was replaced, or its hooks were removed, while a patching or recording "
+                "context was open. Modify the model before you open the context."
             )
 
     @property
@@ -117,7 +117,7 @@ class Held(ContextDecorator):
     def last(self) -> tuple[Any, AbstractContextManager[None]]:
         """Return the pair (session, context) that was entered most recently and is still open."""
         if not self._open:
-            raise RuntimeError("This context is not open: it was already closed, or never entered. Use `with`.")
+            raise RuntimeError("This context was never entered, or is already closed. Open it with a `with` statement.")
         return self._open[-1]
 
     def forget(self, context: AbstractContextManager[None]) -> None:
@@ -197,8 +197,8 @@ def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
             continue
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, so the two "
-                "patches would share its state. Use a separate object for each patch, or a plain function."
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, so the two patches "
+                "would share the edit's state. Use a separate edit object for each patch, or a plain function."
             )
         known[key] = patch
 
@@ -247,7 +247,7 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -
     allowed, known = frozenset([names] if isinstance(names, str) else names), list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
-        raise ValueError(f"allow_unreached must contain only hook points that are {used}; got {sorted(unknown)}.{hint}")
+        raise ValueError(f"allow_unreached must name only hook points that are {used}; got {sorted(unknown)}.{hint}")
     return allowed
 
 
@@ -290,8 +290,9 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 def nan_error(patch: Patch) -> NaNError:
     """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} introduced NaN into a region that contained no NaN. Check whether an operand was computed as 0/0 "
-        "or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
+        f"{patch!r} introduced NaN: at least one element is NaN only with the patch. Check whether a tensor in the "
+        "edit was computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched(), "
+        "sweep() or PatchedPolicy."
     )
 
 

@@ -52,14 +52,14 @@ class Donor:
             self.forwards[moment.running or "", site] += 1
         if site not in recorded:
             raise UnreachedError(
-                f"The donor's forward pass did not reach {site!r}. The donor must return inputs for which "
-                f"{moment.method}() runs this module."
+                f"The forward pass on the donor's inputs did not reach {site!r}. The donor must return inputs for "
+                f"which {moment.method}() calls this module."
             )
         donated: Tensor = recorded[site]
         if donated.shape != activation.shape:
             raise EditError(
                 f"{site!r} has shape {tuple(donated.shape)} with the donor's inputs, but {tuple(activation.shape)} in "
-                "the patched forward pass. The donor must return as many rows as context.inputs, of the same lengths."
+                "the patched forward pass. The donor must return inputs with the same shapes as context.inputs."
             )
         return donated
 
@@ -67,14 +67,16 @@ class Donor:
         """Call the donor function. From its result, return copies of the positional and the keyword arguments."""
         model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise UnsupportedModelError(f"The donor at {site!r} cannot run inside torch.vmap or another transform.")
+            raise UnsupportedModelError(
+                f"The donor at {site!r} cannot run inside torch.vmap or another transform. Call the model outside vmap."
+            )
         if model is None:
-            raise EditError(f"The donor at {site!r} needs a call to the model, but only a submodule was called.")
+            raise EditError(f"The donor at {site!r} needs a call to the whole model, but only a submodule was called.")
 
         def refuse(model: object, *_: object) -> NoReturn:
             raise EditError(
-                f"The donor at {site!r} calls the patched {type(model).__name__}. A donor must only return inputs, on "
-                "which chanpatch then runs the model."
+                f"The donor at {site!r} calls the patched {type(model).__name__}. A donor must only return inputs; "
+                "chanpatch then runs the model on these inputs."
             )
 
         with left_twice(Observed([model_of(model)], on_inputs=refuse)):

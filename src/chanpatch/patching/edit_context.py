@@ -101,7 +101,10 @@ class Context:
     def _in_rollout(self, name: str) -> Any:
         found = getattr(self.moment.published, name)
         if found is None:
-            raise RolloutError(f"context.{name} at {self._region[0]!r} is available only in a rollout.")
+            raise RolloutError(
+                f"context.{name} at {self._region[0]!r} is available only in a rollout, as in rollout() or "
+                "rollout_sweep()."
+            )
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
@@ -115,7 +118,10 @@ class Context:
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called with {len(each)} rows.")
+            raise TraceMismatchError(
+                f"{site!r} has {batch} rows along its batch axis, but the model was called with {len(each)} rows. "
+                "context.rows needs a site with one row per input."
+            )
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 

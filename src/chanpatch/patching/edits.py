@@ -190,7 +190,8 @@ class Resample:
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
             raise EditError(
-                f"Resample: the reference has shape {shape}, which has no rows along batch_axis={self.batch_axis}."
+                f"Resample: the reference must have at least one row along batch_axis={self.batch_axis}; got shape "
+                f"{shape}."
             )
         if self.per not in get_args(Per):
             raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
@@ -223,7 +224,10 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
         if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():
-            raise EditError(f"{type(edit).__name__}: the result does not fit in the region's dtype, {result.dtype}.")
+            raise EditError(
+                f"{type(edit).__name__}: the result is out of range for the region's dtype, {result.dtype}. Use "
+                "smaller values, or patch a floating-point activation."
+            )
     return result
 
 

@@ -211,16 +211,16 @@ class Firing(Located):
         new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if given._version != version if counted else not torch.isclose(given, region, 0, 0, equal_nan=True).all():
             raise EditError(
-                f"{self.patch!r} modified its region in place. Return a new tensor, such as activation * 0 instead of "
-                "activation.mul_(0)."
+                f"The edit in {self.patch!r} modified the activation in place. Return a new tensor, such as activation "
+                "* 0 instead of activation.mul_(0)."
             )
         return region if new is given else new
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
             raise EditError(
-                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: either a new activation "
-                "or, to change nothing, the activation that was passed to it."
+                f"The edit in {self.patch!r} returned {type(new).__name__}. An edit must return a tensor: either a new "
+                "activation or, to change nothing, the activation that was passed to the edit."
             )
         if (new.shape, new.dtype, new.device) != self._kind:
             what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
@@ -228,7 +228,8 @@ class Firing(Located):
             if what == "shape":
                 got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
             raise EditError(
-                f"{self.patch!r} returned a tensor with {what} {got}, but the region has {what} {expected}."
+                f"The edit in {self.patch!r} returned a tensor with {what} {got}. An edit must return a tensor with "
+                f"the region's {what}: {expected}."
             )
 
 

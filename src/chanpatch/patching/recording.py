@@ -214,8 +214,8 @@ class _Record(Located):
             return leaf  # already recorded; torch.utils.checkpoint is rerunning the module in the backward pass
         if inside_vmap(leaf):
             raise UnsupportedModelError(
-                f"{self.site!r} cannot be recorded inside torch.vmap, because the record would outlive the transform. "
-                "Call the model outside vmap, on a batch of inputs."
+                f"{self.site!r} cannot be recorded inside torch.vmap, because a tensor from inside vmap cannot be used "
+                "after vmap returns. Call the model outside vmap, on a batch of inputs."
             )
         recorder = self._recorder
         self.locate(leaf, session)
@@ -271,7 +271,10 @@ class _Record(Located):
     def _check(self, leaf: Tensor) -> None:
         where = self._recorder.where
         if where is not None and (layout := unusual_layout(leaf)):
-            raise UnsupportedModelError(f"`where` at {self.site!r} needs a dense tensor; got {layout}. Omit `where`.")
+            raise UnsupportedModelError(
+                f"`where` at {self.site!r} needs a dense tensor; got a {layout} tensor. Omit `where`, or make the "
+                "tensor dense in the model."
+            )
         if isinstance(where, Tensor) and self._recorder.first_row is None:
             check_mask(where, self.site, self.axes, read(leaf, self.positions).shape)
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)

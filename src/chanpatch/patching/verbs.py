@@ -65,7 +65,10 @@ def mean_ablate(
     """
     region, pattern = _region(site, reference), mean_pattern("mean_ablate", site, over)
     if not region.is_floating_point():
-        raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
+        raise EditError(
+            f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}. At a site with this "
+            "dtype, use resample_ablate()."
+        )
     mask, point = reference_where, site.point
     assert point is not None  # otherwise mean_pattern raises an error
     lengths, subject = region_lengths(site, point), f"mean_ablate at {site!r}"
@@ -237,8 +240,8 @@ def _region(site: Site, source: Any) -> Any:
         return source[site]
     if point is None or whole not in source:
         raise EditError(
-            f"The cache contains neither {site!r} nor the whole hook point. Sites in the cache: "
-            f"{', '.join(map(repr, source))}."
+            f"The cache contains neither {site!r} nor its whole hook point, so record one of the two. Sites in the "
+            f"cache: {', '.join(map(repr, source))}."
         )
     if source[whole].dim() != len(point.axes):
         raise EditError(

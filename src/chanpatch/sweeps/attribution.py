@@ -157,8 +157,9 @@ def _attributed(points: HookPoints, inputs: Any, patches: Any, ends: Any, metric
     clean, gradients = run.gradients([*dict.fromkeys(patch.site.name for patch in chosen)])
     if ends is not None and run.shares_memory:
         raise SiteError(
-            "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. "
-            "Use path_patch(), choose the module's output as the receiver, or build the module with inplace=False."
+            "A module modifies a receiver's activation in place, and the original activation is also read elsewhere, "
+            "so the gradient is wrong. Use path_patch(), choose the module's output as the receiver, or build the "
+            "module with inplace=False."
         )
     changes = run.changes(chosen, clean)
     at = {name: [row for row, patch in enumerate(chosen) if patch.site.name == name] for name in clean}
@@ -225,12 +226,12 @@ def _exact(call: tuple[HookPoints, Any, Metric], entries: Sequence[Entry]) -> li
 def _only_patch(entry: Entry, points: HookPoints) -> Patch:
     if len(entry.patches) > 1:
         raise SweepError(
-            f"{entry.label!r} has {len(entry.patches)} patches, but attribution() estimates the effect of one patch "
-            "per label. Give each patch its own label, or use sweep() to apply several patches together."
+            f"The label {entry.label!r} has {len(entry.patches)} patches, but estimates need one patch per label. Give "
+            "each patch or receiver its own label, or use sweep() or path_patch() to patch several sites together."
         )
     point = points[entry.patches[0].site.name]
     if not point.dtype.is_floating_point:
-        raise SiteError(f"'{point.name}' has dtype {point.dtype}, so it has no gradient. Patch the embedding instead.")
+        raise SiteError(f"'{point.name}' has dtype {point.dtype}, so it has no gradient. Patch a later hook point.")
     return entry.patches[0]
 
 

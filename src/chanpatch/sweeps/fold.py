@@ -168,7 +168,7 @@ class Fold:
             self._of_output[path] = grown[0]
         axis = self._of_output[path]
         if leaf.shape != (*wanted[:axis], blocks * wanted[axis], *wanted[axis + 1 :]):
-            raise StrategyError("the output does not have one block of rows for each patch")
+            raise StrategyError("a tensor in the output does not have one row per input and patch")
         return leaf.chunk(blocks, axis)
 
 
@@ -230,7 +230,7 @@ class _Run:
         point, clean, here = self.forward.points[name], self.fold._seen[name].clean, self._at[name]
         axis: Any = point.tensor_batch_axis
         if name not in self._waiting or clean is None or leaf.shape[axis] != self.blocks * self.fold.rows:
-            raise StrategyError(f"'{name}' has a different number of rows than the inputs, or ran twice")
+            raise StrategyError(f"'{name}' ran twice, or does not have one row per input")
         self._waiting.discard(name)
         blocks, new = _blocks(leaf, axis, self.blocks), leaf.clone()
         traced_view(clean, point)  # raises if the shape differs from the trace
@@ -268,7 +268,7 @@ class _Run:
         with labelled(entry.label):
             activation, flags = self.forward.fire(patches, block, masks)
         if state is not None and not self.forward.undisturbed.snapshot.is_in(*state):
-            raise StrategyError(f"{entry.label!r} changes the model's state during the forward pass")
+            raise StrategyError(f"the patch {entry.label!r} changes the model's state during the forward pass")
         self._flags += [(flag, entry, patch) for patch, flag in flags]
         if activation is block:
             self._unchanged = True
@@ -279,7 +279,7 @@ class _Run:
         """Raise StrategyError unless the blocks, before they are patched, equal the clean activation up to rounding."""
         wanted = clean.expand_as(blocks)
         if not close(blocks, wanted, blocks):
-            raise StrategyError(f"the unpatched rows at '{name}' differ from the clean run")
+            raise StrategyError(f"before patching, the rows at '{name}' differ from the unpatched run")
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:

@@ -217,7 +217,7 @@ class Paths:
         if before := self._too_early(sender, label):
             raise SiteError(
                 f"The receiver {before[0]!r} does not come after the sender {self.senders[sender]!r} in the forward "
-                "pass, so no path connects them. Print the HookPoints to see their execution order."
+                "pass, so no path connects the two. Print the HookPoints to see their execution order."
             )
         whole = [site for site in receivers if not points[site.name].module]
         if whole and self._is_default:

@@ -175,7 +175,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
-            raise SweepError(f"The label {label!r} in {what} has no patches. Omit that label.")
+            raise SweepError(f"In `{what}`, the label {label!r} has no patches. Omit that label.")
     refuse_shared_state(named)
     checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [

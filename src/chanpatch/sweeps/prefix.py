@@ -189,7 +189,7 @@ class Prefix:
             return forward(*args, **kwargs)
         call = self.calls[self.finished]
         if call.module is not module:
-            raise StrategyError(f"{type(module).__name__} was called instead of {type(call.module).__name__}")
+            raise StrategyError(f"{type(module).__name__} was called when {type(call.module).__name__} was expected")
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self.finished += 1

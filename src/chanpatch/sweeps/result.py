@@ -232,7 +232,7 @@ class SweepResult(Effects):
     def _named(self, metric: str | None) -> str:
         names = ", ".join(map(repr, self.values))
         if metric is None and len(self.values) > 1:
-            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one metric.")
+            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one metric as `metric`.")
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
             raise MetricError(

@@ -199,7 +199,7 @@ class Execution:
             expected, output = (expected, self.metrics(expected)), (output, self.metrics(output))
         difference = _difference(expected, output)
         if difference:
-            raise StrategyError(f"the results differ from the loop's at {entry.label!r} ({difference})")
+            raise StrategyError(f"the results for the patch {entry.label!r} differ from the loop's ({difference})")
 
 
 def _output_or_none(forward: Forward, entry: Entry) -> Any:
@@ -272,11 +272,11 @@ def _edited(forward: Forward, clean: Tensor, entries: Sequence[Entry]) -> Tensor
                 activation, found = forward.fire(entry.patches, clean)
             flags += [(flag, entry, patch) for patch, flag in found]
             if activation is clean:
-                raise StrategyError(f"{entry.label!r} returns its input tensor, which may later be modified in place")
+                raise StrategyError(f"the patch {entry.label!r} returns its input, which might be modified in place")
             row.copy_(activation)
             if not all(patch.runs_only_ours for patch in entry.patches):
                 if run.snapshot.changed():
-                    raise StrategyError(f"{entry.label!r} changes the model's state during the forward pass")
+                    raise StrategyError(f"the patch {entry.label!r} changes the model's state during the forward pass")
                 run.put_back()
     raise_nan(flags)
     return stack

@@ -187,9 +187,9 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
     if not again or not all(torch.allclose(again[name], before[name], equal_nan=True) for name in before):
         names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
         raise MetricError(
-            f"A metric appears to read {names}, not only the model's output. Each forward pass sets these attributes, "
-            "but sweep() restores them before it calls the metric. Make the model return the tensor that the metric "
-            "needs."
+            f"A metric appears to read attributes of the model ({names}), not only the model's output. Each forward "
+            "pass sets these attributes, but sweep() restores them before it calls the metric. Make the model return "
+            "the tensor that the metric needs."
         )
 
 
