@@ -237,8 +237,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.EditError,
         lambda: run(CNN.module, steer(Site("conv1"), torch.zeros(8))),
         "Add at Site('conv1'): the vector has shape (8,), but the region has axes (batch, channel, row, col) = (4, 8, "
-        "8, 8). Each axis of the vector must have the region's length or length 1: vector.view(1, 8, 1, 1) adds along "
-        "channel.",
+        "8, 8). Each axis of the vector must have the region's length or length 1. For example, vector.view(1, 8, 1, "
+        "1) adds along the 'channel' axis.",
     ),
     "an operand of another dtype": (
         errors.EditError,
@@ -256,7 +256,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(4, dtype=torch.bool)),
         "`where` at Site('fc'): the mask has shape (4,), but the region has axes (batch, feature) = (any, 4). Each "
-        "axis of the mask must have the region's length or length 1: mask.view(1, 4) selects along feature.",
+        "axis of the mask must have the region's length or length 1. For example, mask.view(1, 4) selects along "
+        "the 'feature' axis.",
     ),
     "a mask that is none": (
         errors.EditError,

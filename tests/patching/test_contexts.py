@@ -892,7 +892,10 @@ def test_donors_are_drawn_along_the_batch_or_not_at_all(points):
 def test_a_mask_as_long_as_the_batch_is_advised_to_select_rows():
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     patch = zero_ablate(Site("0"), where=lambda context: torch.arange(6) < 3)
-    with pytest.raises(EditError, match=r"mask.view\(6, 1, 1, 1\) selects along batch"), patched(model, patch):
+    with (
+        pytest.raises(EditError, match=r"mask.view\(6, 1, 1, 1\) selects along the 'batch' axis"),
+        patched(model, patch),
+    ):
         model(torch.randn(6, 3, 6, 6))
 
 

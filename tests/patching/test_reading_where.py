@@ -507,8 +507,8 @@ def test_a_function_that_returns_another_shape_is_refused_with_a_view_that_fits(
     call = lambda: run_with_cache(points, IMAGES, sites="conv", reduce="sum", where=lambda context: ROWS.flatten())  # noqa: E731
     assert message(EditError, call) == (
         "`where` at Site('conv'): the mask has shape (4,), but the region has axes (batch, channel, row, col) = (4, 2, "
-        "4, 4). Each axis of the mask must have the region's length or length 1: mask.view(4, 1, 1, 1) selects along "
-        "batch."
+        "4, 4). Each axis of the mask must have the region's length or length 1. For example, mask.view(4, 1, 1, 1) "
+        "selects along the 'batch' axis."
     )
 
 

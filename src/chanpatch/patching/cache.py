@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BatchAxisError, HookPointError, RolloutError, SiteError, did_you_mean
+from ..errors import BatchAxisError, HookPointError, RolloutError, SiteError, counted, did_you_mean
 from ..registry.names import is_pattern, selected, spellings
 from ..registry.sites import Axes, HookPoint, Site, no_batch, normalized
 from ..results import Records, data_array
@@ -22,7 +22,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
     A key may also be a hook point's name. If the whole hook point was recorded, the name refers to the whole hook
     point; otherwise, the name refers to the only recorded site at the hook point. A pattern such as `"h.*"` works if
-    exactly one site matches. The operators +, -, * and / accept a number or a cache with the same sites, as in
+    exactly one recorded site matches. The operators +, -, * and / accept a number or a cache with the same sites, as in
     `clean - corrupted`. The operators convert small integer dtypes to int64.
 
     Args:
@@ -70,7 +70,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._batch_axes[self._site(key)]
 
     def steps(self, key: Site | str | HookPoint) -> Tensor:
-        """Return the episode and the step in which each row was recorded, as int64 with shape `(row, 2)`.
+        """Return the indices of the episode and the step of each row: an int64 tensor with shape `(row, 2)`.
 
         Raises:
             RolloutError: If the activation was not recorded in a rollout, or has no batch axis.
@@ -242,7 +242,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return notes
 
     def _title(self) -> str:
-        return f"ActivationCache of {len(self)} sites"
+        return f"ActivationCache of {counted(len(self), 'site')}"
 
     def _append(
         self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None, steps: Tensor | None = None

@@ -46,7 +46,7 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         self.points_or_model = points_or_model
-        self._on_path: list[Step] = []  # modules from the root to the listeners
+        self._on_path: list[Step] = []  # modules on the paths from the root to the listeners' modules
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach the listeners, and store the modules on the path from the root module to each listener's module."""
@@ -74,7 +74,7 @@ class ContextSession(Session):
 
     @property
     def no_call(self) -> str:
-        """Sentence for error messages, which says that the model was not called. Empty once a root call has begun."""
+        """Sentence to append to an error message if the model was not called; empty if a root call has begun."""
         if self.has_begun:
             return ""
         return f" {type(self.root).__name__}.{self.method}() was not called while the context was open."
@@ -87,7 +87,10 @@ class ContextSession(Session):
 
 
 class Exit:
-    """Descriptor for `__exit__` that detects `with`, which looks up `__exit__` on entry; `__enter__()` does not."""
+    """Descriptor for `__exit__` that detects whether a context was entered by a `with` statement.
+
+    A `with` statement looks up `__exit__` on entry; a direct call to `__enter__()` does not.
+    """
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -223,7 +226,7 @@ class Patching(ContextSession):
         self.result = Ledger(self.firings, forwards)
 
     def forget(self) -> None:
-        """Reset for a new root call: mark all patches as not yet reached, and clear any NaN found."""
+        """Prepare for a new root call: mark all patches as not reached, and clear the NaN flags."""
         for firing in self.firings:
             firing.reached, firing.nan = False, None
 
@@ -255,7 +258,7 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
     """Raise UnreachedError for the hook points in `names`. If `names` is empty, do nothing.
 
     The message begins with `fault`, in which the names replace `{}`. If there are several names, "es" replaces `{es}`.
-    `compiled` is whether to mention a compiled module as a possible cause. The message ends with `advice`.
+    If `compiled` is True, the message mentions a compiled module as a possible cause. The message ends with `advice`.
     """
     if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
@@ -267,8 +270,9 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call to this function.
 
-    `cause` is the exception in flight, if there is one. If `cause` came from a distribution, NaNError replaces `cause`.
-    If `cause` is one of chanpatch's other exceptions, do nothing. To any other exception, add a note.
+    `cause` is the exception that is being handled, if there is one. If `cause` came from a distribution, NaNError
+    replaces `cause`. If `cause` is one of chanpatch's other exceptions, do nothing. If `cause` is any other exception,
+    do not raise, but add the NaNError's message to `cause` as a note.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     if not found:
@@ -315,7 +319,7 @@ def patched(
         check_nan: Whether to raise an error if a patch introduces NaN.
 
     Yields:
-        Ledger that counts the firings of each patch.
+        Ledger that counts how many times each patch ran, and how many rows and elements each patch replaced.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
@@ -335,7 +339,7 @@ def patched(
         site          edit  firings  rows  elements
         Site('.out')  Set   1        4     12
     """
-    # An iterator would be empty on re-entry.
+    # An iterator would be empty when the context is entered again.
     chosen = patches if isinstance(patches, Patch) or not isinstance(patches, Iterable) else tuple(patches)
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))

@@ -34,9 +34,9 @@ class Donor:
     """Edit that replaces an activation with the activation from a forward pass of the unpatched model on other inputs.
 
     Args:
-        function: Function that maps the context to the inputs of the donor's forward pass.
-        sites: Sites of all patches that use this donor. All sites are recorded in one forward pass of the donor.
-        forwards: Counter of the donor's forward passes, by pairs (method of the root call, site reached first).
+        function: Function that maps the context to the inputs for that forward pass.
+        sites: Sites of all patches that use this donor. All sites are recorded in the same forward pass.
+        forwards: Number of forward passes on donor inputs, for each pair (method of the root call, site reached first).
     """
 
     function: InputsOf
@@ -44,7 +44,7 @@ class Donor:
     forwards: Counter[tuple[str, Site]] = field(default_factory=Counter)
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation from the donor's forward pass. This pass runs when the first of `sites` is reached."""
+        """Return the activation from the forward pass on the donor's inputs, which runs at the first site reached."""
         site, moment = context._region[0], context.moment
         recorded = moment.masks.setdefault(("donor", id(self)), {})
         if site not in recorded:
@@ -64,7 +64,7 @@ class Donor:
         return donated
 
     def _arguments(self, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Call the donor function. From its result, return copies of the positional and the keyword arguments."""
+        """Call the donor function, and return copies of the model inputs from it as a pair (args, kwargs)."""
         model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedModelError(
@@ -98,7 +98,7 @@ class Donor:
 def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tuple[Patch, ...]:
     """Return the patches, changed so that patches with the same donor function share one Donor and one forward pass.
 
-    `forwards` is the counter for the donors' forward passes.
+    `forwards` is the counter of forward passes that all donors share.
     """
     each = tuple(patches)
     keys = [call_key(patch.edit.function) if isinstance(patch.edit, Donor) else None for patch in each]
@@ -112,7 +112,7 @@ def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tup
 
 
 def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
-    """Run the unpatched model without side effects, and return the activation at each of the sites that are reached."""
+    """Run the unpatched model without side effects, and return a dict of the activations at the sites it reaches."""
     root, calls, stops = model_of(moment.model), None, False
     if isinstance(moment.model, HookPoints):
         calls, stops = moment.model.calls, moment.model.steady

@@ -43,23 +43,23 @@ class Context:
 
     @property
     def rows(self) -> Tensor:
-        """In a rollout, index of each row's episode; otherwise, index of each row. int64 with shape `(row,)`."""
+        """Index of each row's episode or, outside a rollout, index of each row: int64 with shape `(row,)`."""
         return self._of_rows(self.moment.published.rows)
 
     @property
     def environments(self) -> Tensor:
-        """Index of each row's sub-environment, int64 with shape `(row,)`. Outside a rollout, equal to `rows`."""
+        """Index of each row's sub-environment: int64 with shape `(row,)`. Outside a rollout, equal to `rows`."""
         own = self.moment.published.environments
         return self.rows if own is None else self._of_rows(own)
 
     @property
     def seeds(self) -> Tensor:
-        """Seed of each row's episode, int64 with shape `(row,)`."""
+        """Seed of each row's episode: int64 with shape `(row,)`."""
         return torch.tensor(self._in_rollout("seeds")[self.rows.numpy()].astype(np.int64))
 
     @property
     def infos(self) -> Any:
-        """Infos that the environments returned in the last step or reset, with entries for only the region's rows."""
+        """Infos that the environments returned in the last step or reset, restricted to the region's rows."""
         return self._in_rollout("infos")(self.environments.numpy())
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
@@ -67,7 +67,7 @@ class Context:
 
         Outside a rollout, a row's numbers depend only on the site, the call index and the row's index. In a rollout,
         the row's index is replaced by the sampling seed, the step, the episode's seed and the number of earlier
-        episodes with the same seed. Repeated draws are equal.
+        episodes with the same seed. Repeated calls return the same numbers.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
@@ -76,7 +76,7 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """Return one key per row, to seed the row's random numbers in a rollout. Outside a rollout, return [].
+        """Return one key per row, for the row's random numbers in a rollout. Outside a rollout, return an empty list.
 
         If `each_step` is True, the keys contain the step, so each step of a rollout has different random numbers.
         """
@@ -88,8 +88,8 @@ class Context:
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
         """Return the mask that a `where` function returns for this context.
 
-        A function that may have state runs only once per root call and index of the module's call. If several patches
-        use the function, the mask is reused.
+        A function that may have state runs only once for each root call and call index. If several patches use such a
+        function, the patches share the mask.
         """
         if state_of(where) is None:
             return where(self)
@@ -127,7 +127,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the object whose state a callable may use: a user-defined callable object, or a bound method's object.
+    """Return the object whose state a callable may use: a user's callable object, or the object of a bound method.
 
     For plain functions, modules, and objects from torch or chanpatch, return None.
     """
@@ -142,7 +142,11 @@ def state_of(function: Any) -> Any:
 
 
 def call_key(function: Any) -> tuple[object, ...]:
-    """Return a key for a callable. Callables that run one method of one object with equal arguments have equal keys."""
+    """Return a key for a callable.
+
+    Two callables have equal keys if they run the same function, or the same method of the same object, with the same
+    bound arguments.
+    """
     if isinstance(function, functools.partial):
         given = [*function.args, *itertools.chain(*sorted(function.keywords.items()))]
         arguments = (each if isinstance(each, (int, float, str)) else id(each) for each in given)

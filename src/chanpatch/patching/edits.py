@@ -351,7 +351,7 @@ def shape_error(
     advice = ""
     if operand.dim() == 1 and number is not None:
         view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
-        advice = f": {noun}.view({view}) {verb} along {axes[number]}"
+        advice = f". For example, {noun}.view({view}) {verb} along the '{axes[number]}' axis"
     return EditError(
         f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes {shown_axes(axes, lengths)}. "
         f"Each axis of the {noun} must have the region's length or length 1{advice}."

@@ -28,7 +28,8 @@ from .patch import Mask, Patch, edit_name
 class Located:
     """Location of a site's region in the tensor at a hook point.
 
-    `axes` and `batch_axis` describe the tensor; `positions` maps the numbers of indexed axes to the selected positions.
+    `axes` and `batch_axis` describe the tensor. `positions` maps the number of each indexed axis to the positions that
+    the site selects on this axis.
     """
 
     wants_names = False  # whether all axis names and the batch axis must be known
@@ -67,7 +68,7 @@ class Located:
             self._remember()
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Return axis names and batch axis, inferred from the module's type or, if that is not enough, from a trace."""
+        """Infer the axis names and the batch axis from the module's type or, if that is not enough, from a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -175,7 +176,7 @@ class Firing(Located):
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
         # The value is read immediately only on the CPU, because reading from another device would synchronize.
-        if inside_vmap(after) or not after.is_cpu or after.sum().isnan():  # a sum takes no memory
+        if inside_vmap(after) or not after.is_cpu or after.sum().isnan():  # a sum needs no memory
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
 
@@ -255,10 +256,11 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Numbers of firings, rows written and elements written, for each patch and each method that was called.
+    """Table of how many times each patch ran (its firings), and how many rows and elements the patch replaced.
 
-    If patches have donors, the number of forward passes for the donors is also counted. If several patches share such a
-    forward pass, it is counted for the patch that is reached first.
+    The counts are separate for each method of the model that was called. If patches have donors, the forward passes on
+    donor inputs are also counted. If several patches share such a forward pass, the pass is counted for the patch that
+    is reached first.
     """
 
     _most = None
@@ -267,9 +269,10 @@ class Ledger(Records):
         self._firings, self._forwards = firings, forwards
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per patch and method, with keys method, site, edit, firings, rows and elements.
+        """Return one dict per patch and method, with keys `method`, `site`, `edit`, `firings`, `rows` and `elements`.
 
-        If a patch never fired, its counts are 0. `rows` is None if the batch axis is unknown.
+        If a patch never ran, its counts are 0. `rows` is None if the batch axis is unknown. If there are donors, each
+        dict also has the key `donor forwards`.
         """
         return [
             {

@@ -18,7 +18,7 @@ Mask: TypeAlias = "Tensor | Callable[..., Tensor | bool]"
 
 
 def edit_name(edit: Any) -> str:
-    """Return the name of an edit to show to the user: the name of the edit's class or function."""
+    """Return the name by which tables and messages refer to an edit: the name of its class or function."""
     return type(edit).__name__ if is_dataclass(edit) else getattr(edit, "__name__", type(edit).__name__)
 
 

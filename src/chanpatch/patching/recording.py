@@ -58,7 +58,7 @@ def recording(
         detach: Whether to detach the recorded activations from the autograd graph. If False and without `reduce`, the
             forward pass continues from the recorded activation, so `torch.autograd.grad(output, cache[site])` is the
             gradient at the site.
-        device: Device for the records; None to keep each record on its activation's device.
+        device: Device on which to store the recorded activations; None to leave each on its own device.
         allow_unreached: Names of hook points that the model does not have to reach.
 
     Yields:
@@ -161,7 +161,7 @@ class Recorder(ContextSession):
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
-            # Without a trace, the module may be called again later in the forward pass, which must raise an error.
+            # Without a trace, the module may be called again later in the forward pass; that call must raise an error.
             self.stops &= isinstance(point, HookPoint) or point.call is not None
             self.listen(point, "before" if before else "after", _Record(self, site, point))
 
@@ -256,7 +256,7 @@ class _Record(Located):
         return mask.expand(region.shape)
 
     def _steps(self, leaf: Tensor, session: Session) -> Tensor | None:
-        """Return the episode and the step of each row: int64 with shape `(row, 2)`.
+        """Return the indices of the episode and the step of each row: int64 with shape `(row, 2)`.
 
         Return None if the rows do not come from a rollout, or if the recorded activation has no batch axis.
         """
@@ -327,8 +327,8 @@ def reduced(
     """Reduce a region. Return the reduced tensor, and the number of elements that went into each of its values.
 
     `mask` has the region's shape. Only elements for which the mask is True are reduced. If no elements are selected for
-    a value, the value is NaN. Without a mask, the second result is None. SiteError is raised if the reduction does not
-    apply to the region.
+    a value, the value is NaN. Without a mask, the second result is None. With `double`, the reduction runs in double
+    precision. SiteError is raised if the reduction does not apply to the region.
     """
     if double or (mask is not None and not (region.is_floating_point() or region.is_complex())):
         if region.is_complex():

@@ -222,8 +222,8 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 def _region(site: Site, source: Any) -> Any:
     """Return the activation in the region of `site` from `source`, a cache or a tensor.
 
-    The source contains the activation either in the region or at the whole hook point. If a tensor may be an activation
-    in the region, the tensor is returned unchanged.
+    The source contains the activation either in the region or at the whole hook point. A tensor is returned unchanged
+    unless the site has a trace and the tensor's shape matches only the whole hook point.
     """
     point, whole = site.point, site.indexed()
     if isinstance(source, torch.Tensor):

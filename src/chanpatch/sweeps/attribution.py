@@ -198,7 +198,7 @@ def _attributed(points: HookPoints, inputs: Any, patches: Any, ends: Any, metric
 def _verify(
     run: _Runs, entries: Sequence[Entry], exact: Any, executor: Executor | None, advance: Callable[[int], object]
 ) -> ExecutorError | None:
-    """Write the entries' exact effects to `exact`. If workers were lost, return the error to raise."""
+    """Measure the entries' exact effects, and write them to `exact`. If workers are lost, return the error to raise."""
     if executor is None:
         for entry in entries:
             exact[entry.number] = run.exact(entry.patches[0])
@@ -385,7 +385,7 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of the sum of `values` with respect to the activations, by the keys of `activations`.
+    """Return the gradients of the sum of `values`, as a dict from the keys of `activations` to gradients.
 
     If the values do not depend on an activation, the gradient is zero.
     """

@@ -3,7 +3,7 @@
 Each block has one row per input. Modules that finish before the earliest patch are skipped, and their outputs in the
 clean run are repeated for each block. The fold is correct only if the model treats rows independently. Therefore, each
 block is compared with the clean run before the block is patched. The first fold also contains a block with different
-activations, which must not affect the other blocks, and two of its patches are compared with the plain loop.
+activations, which must not affect the other blocks. The outputs for two patches are compared with the plain loop.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Fold:
         inputs = [(self.input_axes.get(path[1:]), leaf) for path, leaf in leaves(forward.inputs)]
         self.rows = next((leaf.shape[axis] for axis, leaf in inputs if axis is not None), 0)
         self._of_output: dict[Path, int] = {}
-        self.reads: list[str] = []  # types of the objects in the output that a metric read
+        self.reads: list[str] = []  # names of the types of those objects in the output that a metric has read
         self._template = baseline
         for path, kind in opaque(baseline):
             self._template = replace(self._template, path, _Unread(kind, self.reads))
 
     @functools.cached_property
     def axes(self) -> dict[tuple[nn.Module, int, Path], int | None]:
-        """Batch axis of each module output, by module, index of the call, and path in the output."""
+        """Dict that maps (module, index of the call, path in the output) to the batch axis of that output tensor."""
         outputs = [point for point in self.points.values() if point.side == "out"]
         modules = self.points.tree().modules
         return {(modules[point.module], point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
@@ -81,7 +81,7 @@ class Fold:
         if self.forward.prefix.last_read > self._seen[group.point.name].step:
             return f"after '{group.point.name}', the model reads values from tensors"
         custom = [{p.site.name for p in entry.patches if not p.runs_only_ours} for entry in group.entries]
-        if max(map(len, custom)) > 1:  # an edit may pass data to a later edit of its own entry
+        if max(map(len, custom)) > 1:  # an edit may pass data to a later edit in the same entry
             return "patches at several hook points run custom functions"
         return ""
 
@@ -89,8 +89,8 @@ class Fold:
         """Split the entries into chunks that run in one forward pass each.
 
         Return the chunks, and whether the fold is probably faster than the loop. If a later module modifies the tensor
-        at a hook point in place, patches at that hook point have chunks of their own, because the modification would
-        not reach the rows of other entries.
+        at a hook point in place, patches at that hook point are put into separate chunks, because the modification
+        would not reach the rows of other entries.
         """
         entries = [(entry, group) for group in groups for entry in group.entries]
         names = [{patch.site.name for patch in entry.patches} for entry, _ in entries]
@@ -127,7 +127,7 @@ class Fold:
     def _seconds(self, chunk: Sequence[tuple[Entry, Group]], blocks: float) -> float:
         """Estimate the seconds for a forward pass on `blocks` blocks that starts at the first hook point in a chunk.
 
-        If there is no chunk, the forward pass starts at the inputs.
+        If `chunk` is empty, the forward pass starts at the inputs.
         """
         groups = [*{id(group): group for _, group in chunk}.values()]
         skipped = groups[0].skippable if groups else 0
@@ -142,7 +142,7 @@ class Fold:
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool = False) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
-        If `disturbed`, an extra first block has different activations, which must not affect the other blocks.
+        If `disturbed` is True, an extra first block has different activations, which must not affect the other blocks.
         """
         run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
         output = run.output(min(group.skippable for _, group in chunk))
@@ -173,7 +173,7 @@ class Fold:
 
 
 class _Run:
-    """One forward pass on blocks of rows."""
+    """One forward pass on a batch that contains one block of rows for each entry."""
 
     def __init__(self, fold: Fold, entries: Sequence[Entry], *, disturbed: bool) -> None:
         self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + disturbed
@@ -346,7 +346,7 @@ def close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
 
 
 def raise_nan(flags: Sequence[tuple[Tensor, Entry, Patch]]) -> None:
-    """Raise NaNError for the first patch that introduced NaN. If no patch did, read only one value from the device."""
+    """Raise NaNError for the first patch that introduced NaN. If none did, only one value is read from the device."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):

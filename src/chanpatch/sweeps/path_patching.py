@@ -145,7 +145,8 @@ class Paths:
         """Map each pair (sender label, receiver label) to a cache with the activations that arrive at the receivers."""
         found, order = dict[tuple[Any, Any], ActivationCache](), self._order
         for sender in self.senders:
-            # Receivers share a run if the same sites are frozen before each receiver. Later sites have no effect on it.
+            # Receivers share a run if the same sites are frozen before each receiver. Later sites have no effect on the
+            # receiver.
             held = {label: {*each} for (start, label), each in self._held.items() if start == sender}
             every = set().union(*held.values())
             alike = [
@@ -194,7 +195,9 @@ class Paths:
         return Grid(rows, cols, differences, result.effect_label)
 
     def _arrival(self, sender: Any, labels: Sequence[Any], held: Iterable[Site]) -> ActivationCache:
-        """Run the model on the clean inputs through the last receiver with a label in `labels`; record these receivers.
+        """Run the model on the clean inputs, and record the receivers with the given labels.
+
+        The run stops after the last of these receivers.
 
         In this run, the sender is patched with its corrupted activation, and the sites in `held` are frozen.
         """
@@ -228,8 +231,8 @@ class Paths:
             )
         start, ends = points[self.senders[sender].name], [points[site.name] for site in receivers]
         first, last = order[start.name], self._last[label]
-        # Module calls that contain the sender began before the sender ran. For a module's input, this includes the
-        # call of that module.
+        # Module calls that contain the sender began before the sender ran. If the sender is a module's input, the call
+        # to that module is one of these calls.
         begun = [each for each in points.values() if each.side == "in" and order[each.name] <= first]
         exempt = {(each.module, each.call) for each in begun}
         exempt -= {(start.module, start.call)} if start.side == "out" else set()
@@ -263,7 +266,7 @@ def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ..
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
-    """Return the outputs of modules that have weights, except norms and modules that contain others with weights."""
+    """Return the outputs of modules that have weights, except norms and parents of modules with weights."""
     # A parametrization computes weights, not activations.
     weighted = [p for p in points.values() if p.parameters and "parametrizations" not in p.module.split(".")]
     modules = {point.module for point in weighted}

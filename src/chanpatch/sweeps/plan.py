@@ -85,7 +85,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
-        """Return a context for one forward pass, which skips the first `skip` module calls. Restore the model on exit.
+        """Return a context for a forward pass that skips the first `skip` module calls. Restore the model on exit.
 
         If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
         """
@@ -133,7 +133,7 @@ class Forward:
     def is_heavy(self, patches: int) -> bool:
         """Estimate whether the arithmetic for all patches takes much longer than the overhead of calling modules.
 
-        If so, skipping saves time.
+        If so, skipping module calls saves time. `patches` is the number of patches.
         """
         operations, outputs = 0, [each for each in self.points.values() if each.side == "out" and each.shape]
         inner = {
@@ -188,7 +188,8 @@ class Seen:
 
     def __init__(self, leaf: Tensor, prefix: Prefix, *, keep: bool) -> None:
         self.nbytes, self.on_cpu = leaf.nbytes, leaf.is_cpu
-        self.skippable, self.step = prefix.finished, len(prefix.steps)  # numbers of calls and functions finished before
+        # Numbers of module calls that have finished, and of torch functions that have run, before this activation.
+        self.skippable, self.step = prefix.finished, len(prefix.steps)
         self.clean = leaf.detach().clone() if keep and leaf.layout == torch.strided else None
         self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
 
@@ -201,7 +202,7 @@ class Seen:
 def clean_run(
     forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
 ) -> tuple[Any, list[Group], dict[str, Seen]]:
-    """Run the model without patches. Return the output, the groups, and a dict of the activations at patched points.
+    """Run the model without patches. Return the output, the groups, and a dict of activations at patched hook points.
 
     The groups are in execution order. The dict maps names of hook points to Seen objects. If `store` is True, the
     outputs of module calls, up to `max_bytes` in total, are stored in the prefix during the run.

@@ -92,7 +92,7 @@ class SweepResult(Effects):
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
-        The intervals hold jointly for all patches in the sweep, which allows for the selection of patches by `top`. If
+        The intervals hold jointly for all patches in the sweep, so they remain valid for patches selected by `top`. If
         the differences are strongly skewed, measure selected patches again on new inputs (see the page on statistics).
         Each interval contains the intervals from `chanpatch.statistics.mean_interval` and `max_t_test` for the given
         seed. Intervals from six to nine inputs are marked, and intervals from fewer than six inputs are withheld.
@@ -180,12 +180,12 @@ class SweepResult(Effects):
             if (nan := int(np.isnan(before).sum()))
         ]
         if self.controls is not None:
-            notes.append(f"Ranks are among {len(self.controls)} controls.")
+            notes.append(f"Ranks are among {counted(len(self.controls), 'control')}.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
         if unmoved := self._without_effect():
             notes.append(
                 f"Every effect is exactly 0 at {', '.join(map(repr, unmoved))}. Either the patches do not change the "
-                "activation, or the model does not use this tensor."
+                "activation, or the model does not use the activation."
             )
         notes += reference_notes(patch for patches in self.patches for patch in patches)
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
@@ -207,7 +207,7 @@ class SweepResult(Effects):
         return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 
     def _ranks(self) -> list[Rank | None]:
-        """Return one flat list of ranks: the ranks of the first patch for all metrics, then those of the second, ..."""
+        """Return a flat list of ranks: the first patch's ranks for all metrics, then the second patch's, and so on."""
         each = [self.ranks(name) for name in self.values]
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 

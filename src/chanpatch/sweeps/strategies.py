@@ -171,7 +171,10 @@ class Execution:
     def _try(
         self, strategy: _Fast, group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
-        """Run the entries with a fast strategy, and return (failed entry or None, reason for rejecting or using it)."""
+        """Run the entries with a fast strategy. Return a pair (failed entry or None, reason).
+
+        The reason explains why the strategy was used or, if an entry failed, why the strategy was rejected.
+        """
         if strategy == "vmap":
             outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:

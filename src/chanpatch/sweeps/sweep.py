@@ -128,7 +128,7 @@ class _Call(NamedTuple):
 
 @dataclass
 class _Found:
-    """Metrics on the unpatched output; metrics by entry number; and strategies, by the position of the group."""
+    """Results so far: metrics on the unpatched output, metrics by entry number, and strategies by group position."""
 
     baseline: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class _Found:
 
 
 def _run(call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable[[int], object]) -> None:
-    """Run entries, and add their metrics to `found`."""
+    """Run entries, and add their metrics and the strategies to `found`."""
     points, inputs, keywords, metric, strategy, max_bytes, check_nan = call
     forward = Forward(points, inputs, keywords, check_nan=check_nan)
     store = strategy != "loop" and (strategy != "auto" or forward.is_heavy(len(entries)))
@@ -151,7 +151,7 @@ def _run(call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable
 def _spread(
     executor: Executor, call: _Call, entries: Sequence[Entry], found: _Found, advance: Callable[[int], object]
 ) -> None:
-    """Run entries in workers. Each part contains patches at neighboring hook points, and does its own clean run."""
+    """Run entries in workers. Each part contains patches at neighboring hook points, and is run as a separate sweep."""
     order = {name: number for number, name in enumerate(call.points)}
     first = {entry.number: min(order[patch.site.name] for patch in entry.patches) for entry in entries}
     parts = cut(sorted(entries, key=lambda entry: first[entry.number]), executor)
