@@ -73,7 +73,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         """Return the indices of the episode and the step of each row: an int64 tensor with shape `(row, 2)`.
 
         Raises:
-            RolloutError: If the activation was not recorded in a rollout, or has no batch axis.
+            RolloutError: If the activation was not recorded in a rollout, or was recorded without its batch axis.
         """
         site = self._site(key)
         if site not in self._steps or self._batch_axes[site] is None:

@@ -44,7 +44,7 @@ class Donor:
     forwards: Counter[tuple[str, Site]] = field(default_factory=Counter)
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation from the forward pass on the donor's inputs, which runs at the first site reached."""
+        """Return the activation from the donor's forward pass. This pass runs when the first of `sites` is reached."""
         site, moment = context._region[0], context.moment
         recorded = moment.masks.setdefault(("donor", id(self)), {})
         if site not in recorded:
@@ -64,7 +64,7 @@ class Donor:
         return donated
 
     def _arguments(self, site: Site, context: Context) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Call the donor function, and return copies of the model inputs from it as a pair (args, kwargs)."""
+        """Call the donor function. Return copies of the model inputs that it returns, as a pair (args, kwargs)."""
         model, got = context.moment.model, ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedModelError(
@@ -112,7 +112,7 @@ def joined(patches: Iterable[Patch], forwards: Counter[tuple[str, Site]]) -> tup
 
 
 def _recorded(moment: Moment, sites: set[Site], args: Any, kwargs: Any) -> dict[Site, Tensor]:
-    """Run the unpatched model without side effects, and return a dict of the activations at the sites it reaches."""
+    """Run the unpatched model without side effects. Return a dict of the activations at the sites that were reached."""
     root, calls, stops = model_of(moment.model), None, False
     if isinstance(moment.model, HookPoints):
         calls, stops = moment.model.calls, moment.model.steady

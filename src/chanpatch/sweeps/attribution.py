@@ -56,21 +56,21 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     patches approaches the joint effect of the patches.
 
     Args:
-        points_or_model, inputs, keywords, progress: Same as for `sweep`.
+        points_or_model, inputs, keywords, progress: Same as in `sweep`.
         patches: A mapping from labels to patches, or a sequence of patches, each of which is labeled by its site.
-        metric: A differentiable function of the output, as for `sweep`.
+        metric: A differentiable function of the model's output, as in `sweep`.
         steps: Number of points on the line at which the gradient is computed. With 1, only the gradient at the
             clean activation is used.
-        verify: Number of patches to verify by forward passes. The patches with the largest absolute estimates are
-            verified, and also the same number of randomly drawn patches.
+        verify: Number of patches with the largest absolute estimates to verify by forward passes. The same number of
+            randomly drawn patches is also verified.
         seed: Random seed for drawing the patches to verify.
-        executor: Executor whose workers verify the patches, as for `sweep`. The estimates are computed in your process.
+        executor: Executor whose workers verify the patches, as in `sweep`. The estimates are computed in your process.
 
     Raises:
         SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
         HookPointError, SiteError: If a site does not exist, or if the activation at a site is not floating-point.
         MetricError: If the metric has no gradient, or does not return a tensor with shape `(batch,)`.
-        ExecutorError: As for `sweep`. In `partial`, the exact effects that were not measured are NaN.
+        ExecutorError: Same as in `sweep`. In `partial`, the exact effects that were not measured are NaN.
 
     Warns:
         RuntimeWarning: If the model modifies a patched activation in place and also reads this activation elsewhere, or
@@ -238,7 +238,7 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Group patches that are at one hook point and whose regions do not overlap.
+    """Group the patches. In each group, all patches are at one hook point, and their regions do not overlap.
 
     Yield (name of the hook point, indices of the patches) for each group.
     """
@@ -336,9 +336,9 @@ class _Runs(Forward):
             return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return one pair (positions, change) per patch: the patched region, and the change in the clean activation.
+        """Return one pair (positions, change) per patch: the patched region, and the change in the activation there.
 
-        `clean` maps names of hook points to clean activations.
+        `clean` maps names of hook points to clean activations. Patches are applied to these activations.
         """
         changes: list[_Change] = []
         with self.undisturbed as run:
@@ -372,7 +372,7 @@ class _Runs(Forward):
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Run the model with a patch, and return the mean change in the metric."""
+        """Run the model with a patch, and return the change in the metric, averaged over the inputs."""
         with self.running(), patched(self.points, patch):
             return float((self._measured() - self._clean).double().mean())
 
@@ -385,7 +385,7 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of the sum of `values`, as a dict from the keys of `activations` to gradients.
+    """Return the gradient of the sum of `values` with respect to each activation, as a dict with the same keys.
 
     If the values do not depend on an activation, the gradient is zero.
     """

@@ -61,7 +61,7 @@ class Fold:
         return {(modules[point.module], point.call or 0, point.path): point.tensor_batch_axis for point in outputs}
 
     def obstacle(self, group: Group) -> str:
-        """Return the reason why a group cannot be folded, or an empty string."""
+        """Return the reason why a group cannot be folded, or an empty string if the group can be folded."""
         if self.forward.draws:
             return "the model draws random numbers"
         args, kwargs = self.forward.inputs
@@ -86,7 +86,7 @@ class Fold:
         return ""
 
     def chunks(self, groups: Sequence[Group]) -> tuple[list[list[tuple[Entry, Group]]], bool]:
-        """Split the entries into chunks that run in one forward pass each.
+        """Split the groups' entries into chunks, each of which runs in one forward pass.
 
         Return the chunks, and whether the fold is probably faster than the loop. If a later module modifies the tensor
         at a hook point in place, patches at that hook point are put into separate chunks, because the modification
@@ -226,7 +226,7 @@ class _Run:
         return output
 
     def _put(self, name: str, leaf: Tensor, session: Session) -> Tensor:
-        """Apply the patches at a hook point to the blocks of their entries."""
+        """Apply the patches at the hook point `name` to their entries' blocks in `leaf`, and return the new tensor."""
         point, clean, here = self.forward.points[name], self.fold._seen[name].clean, self._at[name]
         axis: Any = point.tensor_batch_axis
         if name not in self._waiting or clean is None or leaf.shape[axis] != self.blocks * self.fold.rows:
@@ -283,7 +283,7 @@ class _Run:
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """Return a view of the tensor with a new axis for the blocks, which comes before the batch axis."""
+    """Return a view of the tensor in which a new axis, before the batch axis, separates the `count` blocks of rows."""
     rows = tensor.shape[axis] // count
     return tensor.unfold(axis, rows, rows).movedim(-1, axis + 1)
 
@@ -305,7 +305,7 @@ def _number(patch: Patch) -> tuple[tuple[int | slice | list[int], ...], float] |
 
 
 class _Unread:
-    """Placeholder for an object in the output that may contain tensors, such as a cache. Using it raises an error."""
+    """Placeholder for an object in the output that may contain tensors, such as a cache. Any use raises an error."""
 
     def __init__(self, kind: str, reads: list[str]) -> None:
         self._kind, self._reads = kind, reads

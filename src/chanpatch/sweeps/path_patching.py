@@ -54,14 +54,14 @@ def path_patch(
         points_or_model: HookPoints, or a model, which is then traced with the clean inputs.
         clean: Clean inputs: a tensor with shape `(batch, ...)`, a tuple of positional arguments, or a dict of keyword
             arguments.
-        corrupted: Corrupted inputs in the same form as `clean`, one for each clean input.
+        corrupted: Corrupted inputs in the same form as `clean`, with one corrupted input for each clean input.
         sender: Hook point at which the path begins. For many senders, pass an iterable of hook points, or a dict that
             maps labels to hook points.
         receivers: Hook points at which the path ends, such as module inputs. With one sender, all receivers are patched
             together, and the path may pass through several receivers. With many senders, each receiver has its own
             column in the result. To patch several receivers together, pass a dict that maps labels to lists of
             hook points.
-        metric: A function of the model's output, as for `sweep`.
+        metric: A function of the model's output, as in `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
             outputs of modules that have weights and contain no other module with weights (such as Linear, Conv2d,
             Embedding, LSTM and MultiheadAttention), except norms. With `()`, nothing is frozen, so every path from the
@@ -197,9 +197,8 @@ class Paths:
     def _arrival(self, sender: Any, labels: Sequence[Any], held: Iterable[Site]) -> ActivationCache:
         """Run the model on the clean inputs, and record the receivers with the given labels.
 
-        The run stops after the last of these receivers.
-
-        In this run, the sender is patched with its corrupted activation, and the sites in `held` are frozen.
+        In this run, the sender is patched with its corrupted activation, and the sites in `held` are frozen. The run
+        stops after the last of the receivers.
         """
         site = self.senders[sender]
         patches = [patch_in(site, self._source), *(patch_in(each, self._cache) for each in held)]
@@ -215,7 +214,7 @@ class Paths:
         return [site for site in self.receivers[label] if self._order[site.name] <= first]
 
     def _between(self, sender: Any, label: Any) -> list[Site]:
-        """Check the receivers, and return the sites to freeze between the sender and the last receiver."""
+        """Check the receivers with a label, and return the sites to freeze between the sender and the last receiver."""
         points, order, receivers = self.points, self._order, self.receivers[label]
         if before := self._too_early(sender, label):
             raise SiteError(

@@ -184,7 +184,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
 
 
 class Seen:
-    """The activation at a hook point in the clean run."""
+    """Properties of the activation at a hook point in the clean run and, if `keep` is True, a copy of it."""
 
     def __init__(self, leaf: Tensor, prefix: Prefix, *, keep: bool) -> None:
         self.nbytes, self.on_cpu = leaf.nbytes, leaf.is_cpu
@@ -202,10 +202,10 @@ class Seen:
 def clean_run(
     forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
 ) -> tuple[Any, list[Group], dict[str, Seen]]:
-    """Run the model without patches. Return the output, the groups, and a dict of activations at patched hook points.
+    """Run the model without patches. Return the output, groups of entries, and data about the patched activations.
 
-    The groups are in execution order. The dict maps names of hook points to Seen objects. If `store` is True, the
-    outputs of module calls, up to `max_bytes` in total, are stored in the prefix during the run.
+    The groups are in execution order. The data are a dict that maps names of hook points to Seen objects. If `store` is
+    True, the outputs of module calls, up to `max_bytes` in total, are stored in the prefix during the run.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)

@@ -117,7 +117,7 @@ class SweepResult(Effects):
         """Return the `count` rows with the largest absolute effects, largest first.
 
         Raises:
-            StatisticsError: If the count is negative.
+            StatisticsError: If `count` is negative.
         """
         return self._top(count, self.effect(metric))
 
@@ -257,7 +257,7 @@ class Attribution(Effects):
         labels: Label of each row.
         patches: The patch for each row.
         exact: Effect of each patch as measured by a forward pass; NaN for patches that were not run.
-        drawn: Whether each row's patch is in the random sample of patches whose exact effects were measured.
+        drawn: For each row, whether the patch is in the random sample of patches whose exact effects were measured.
         rank_correlation: Spearman correlation between the estimates and the exact effects in the random sample; NaN if
             the correlation is undefined, or if the sample contains fewer than three patches.
         sample: Number of patches in the random sample.

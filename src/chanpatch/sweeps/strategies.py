@@ -116,7 +116,7 @@ class Execution:
         return [first, last]
 
     def _run(self, number: int, group: Group, unfolded: str) -> None:
-        """Run all entries in a group that was not folded."""
+        """Run all entries in the group at position `number`. `unfolded` is the reason why the group was not folded."""
         name = group.point.name
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         strategies, reasons = self._candidates(group)
@@ -190,7 +190,7 @@ class Execution:
         return None, f"the {min(_COMPARED, len(order))} patches checked (of {len(order)}) agree with the loop"
 
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
-        """Raise StrategyError unless the plain loop gives the same output, up to rounding.
+        """Raise StrategyError unless `output` equals the plain loop's output for the entry, up to rounding.
 
         First, compare the outputs for single inputs. If these differ, compare the outputs for the whole batch, because
         the model or the patch may mix inputs.
@@ -266,7 +266,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
 
 
 def _edited(forward: Forward, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Apply each entry's patches at the group's hook point, and stack the results with shape `(entry, *activation)`."""
+    """Apply each entry's patches to the clean activation, and stack the results with shape `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[tuple[Tensor, Entry, Patch]] = []
     with forward.undisturbed as run:

@@ -52,7 +52,7 @@ def sweep(
         metric: A function of the model's output, or a dict of such functions. Each function returns one number per
             input, with shape `(batch,)`, or a single number. If a function has a keyword-only parameter `baseline`,
             the unpatched output is passed to that parameter.
-        controls: Control patches in the same form, used to rank the effects, such as
+        controls: Control patches in the same form as `patches`, used to rank the effects, such as
             `matched_channels(...).patches(zero_ablate)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a hook point for many patches at a time. `"fold"` runs patches at one or several hook
@@ -62,17 +62,18 @@ def sweep(
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
         executor: Executor whose workers share the patches, such as a `ProcessPoolExecutor` that spawns its workers or
-            dask's `client.get_executor()`. Objects that your functions modify are copies in the workers.
+            dask's `client.get_executor()`. Each worker has its own copy of objects that your functions modify.
         progress: Whether to show a progress bar. None shows a bar on a terminal or in a notebook if tqdm is installed.
         keywords: Keyword inputs to the model.
 
     Raises:
         HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
-        SweepError: If there are no patches, if two share a label, if `max_bytes` is invalid, or if the strategy fails.
+        SweepError: If there are no patches, if two patches share a label, if `max_bytes` is invalid, or if the strategy
+            fails.
         MetricError: If a metric returns neither one number per input nor a single number.
-        EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
+        EditError, NaNError, UnreachedError, UnsupportedModelError: Same as in `patched`.
         ExecutorError: If a function cannot be sent to workers, or if workers are lost. In the second case, `partial`
-            contains the result for the finished patches, and the same call with a new executor runs only the others.
+            contains the result for the finished patches, and the same call with a new executor runs only the rest.
         SweepInterrupted: On Ctrl-C; the exception contains the result for the finished patches.
 
     Example:
@@ -115,7 +116,7 @@ def sweep(
 
 
 class _Call(NamedTuple):
-    """The arguments that all patches share."""
+    """The arguments of a sweep that are the same for all patches."""
 
     points: HookPoints
     inputs: tuple[Any, ...]
