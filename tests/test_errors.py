@@ -471,7 +471,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Only caches with the same sites can be combined. Sites in only one cache: Site('fc'), Site('relu1').",
+        "Only caches with the same sites can be combined. Record these sites in both: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,

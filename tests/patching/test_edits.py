@@ -209,7 +209,7 @@ TOO_LARGE = {
     "below zero": (torch.uint8, Set(-1), "Set", "value", "-1", "an integer from 0 to 255"),
     "above 255": (torch.uint8, Add(256, 1), "Add", "vector", "256", "an integer from 0 to 255"),
     "factor": (torch.int8, Scale(200), "Scale", "factor", "200", "an integer from -128 to 127"),
-    "bound": (torch.uint8, Clamp(low=-1), "Clamp", "low", "-1", "an integer from 0 to 255"),
+    "bound": (torch.uint8, Clamp(low=-1), "Clamp", "lower bound", "-1", "an integer from 0 to 255"),
     "flag": (torch.bool, Set(2), "Set", "value", "2", "an integer from 0 to 1"),
     "infinite": (torch.int64, Set(-np.inf), "Set", "value", "-inf",
                  "an integer from -9223372036854775808 to 9223372036854775807"),
@@ -219,7 +219,7 @@ TOO_LARGE = {
     "coefficient": (torch.float32, Add(torch.ones(1, 1), 1e300), "Add", "coefficient", "1e+300", FLOATS),
     "product": (torch.float32, Add(2.0, 2e38), "Add", "vector times its coefficient", "4e+38", FLOATS),
     "scaled": (torch.float32, Scale(1e300), "Scale", "factor", "1e+300", FLOATS),
-    "clamped": (torch.float32, Clamp(low=1e300), "Clamp", "low", "1e+300", FLOATS),
+    "clamped": (torch.float32, Clamp(low=1e300), "Clamp", "lower bound", "1e+300", FLOATS),
 }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Only caches with the same sites can be combined. Sites in only one cache: {apart}.")
+            raise SiteError(f"Only caches with the same sites can be combined. Record these sites in both: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]

@@ -290,9 +290,10 @@ def check_operands(
                     f"{dtype} on {device}. Convert the {name}: {name}.to('{device}', {dtype})."
                 )
         elif verb != "draws" and operand is not None and (fault := _out_of_range(dtype, operand)):
-            raise EditError(f"{kind} at {site!r}: the {name} must be {fault}")
+            raise EditError(f"{kind} at {site!r}: the {_BOUNDS.get(name, name)} must be {fault}")
 
 
+_BOUNDS = {"low": "lower bound", "high": "upper bound"}
 _QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 

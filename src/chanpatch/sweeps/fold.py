@@ -279,7 +279,7 @@ class _Run:
         """Raise StrategyError unless the blocks, before they are patched, equal the clean activation up to rounding."""
         wanted = clean.expand_as(blocks)
         if not close(blocks, wanted, blocks):
-            raise StrategyError(f"before patching, the rows at '{name}' differ from the unpatched run")
+            raise StrategyError(f"before patching, the rows at '{name}' differ from those in the unpatched run")
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
