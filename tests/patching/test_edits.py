@@ -179,7 +179,7 @@ NOT_OPERANDS = {
 
 @pytest.mark.parametrize("name", NOT_OPERANDS)
 def test_what_is_no_operand_is_refused_when_the_edit_is_built(name):
-    with pytest.raises(EditError, match="must be|no rows"):
+    with pytest.raises(EditError, match="must be|at least one row"):
         NOT_OPERANDS[name]()
 
 

@@ -525,7 +525,7 @@ def test_the_mean_is_refused_where_no_batch_is_proved():
 
 
 def test_caches_of_different_sites_are_not_combined(points, image):
-    with pytest.raises(SiteError, match=r"in only one cache: Site\('fc'\)"):
+    with pytest.raises(SiteError, match=r"in both: Site\('fc'\)"):
         cache_of(points, image) + cache_of(points, image, "conv")
 
 

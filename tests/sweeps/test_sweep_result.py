@@ -290,7 +290,7 @@ def test_nan_that_a_later_patch_brings_is_an_error_too(points: HookPoints) -> No
 
 def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
     patches = {**dict(enumerate(zeroed(points))), "short": edit(points.site("1"), lambda activation: activation[:1])}
-    with pytest.raises(errors.EditError, match="'short': Patch.*returned a tensor with shape"):
+    with pytest.raises(errors.EditError, match="'short': The edit in Patch.*returned a tensor with shape"):
         swept(points, patches=patches)
 
 
