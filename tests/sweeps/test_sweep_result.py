@@ -658,7 +658,7 @@ def test_a_table_says_if_every_effect_at_a_hook_point_is_exactly_zero() -> None:
     options: dict[str, Any] = {"patches": patches, "metric": first}
     lines = repr(sweep(points, *vectors(ROWS), **options)).splitlines()
     note = "Every effect is exactly 0 at 'ignored'. Either the patches do not change the activation, or the model does "
-    assert note + "not use this tensor." in lines
+    assert note + "not use the activation." in lines
     assert "exactly 0" not in repr(sweep(points, *vectors(ROWS), **{**options, "patches": patches[1]}))
 
 
