@@ -1003,7 +1003,7 @@ def test_a_context_that_was_closed_may_be_opened_again_but_not_closed_again(net,
     for _ in range(2):
         with context:
             net(image)
-        with pytest.raises(RuntimeError, match="This context is not open"):
+        with pytest.raises(RuntimeError, match="This context was never entered, or is already closed"):
             context.__exit__(None, None, None)
 
 
