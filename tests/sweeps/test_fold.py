@@ -122,6 +122,69 @@ def test_argument_checks_of_distributions_do_not_prevent_a_fold() -> None:
     assert strategy_of(one_per_layer(Policy())) == "fold"
 
 
+class Layered(nn.Module):
+    """Four layers; a test gives what follows from the outputs of the layers, whose last one is patched."""
+
+    def __init__(self, end: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.layers, self.head, self.end = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)), nn.Linear(6, 4), end
+
+    def forward(self, vector: Tensor) -> Any:
+        outputs = [vector]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1].relu()))
+        return self.end([self.head(outputs[-1]), *outputs[:-1]])
+
+
+ENDS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "only the patched output": lambda read: read[0],
+    "an earlier output": lambda read: read[0] + read[2].mean(1, keepdim=True),
+    "an earlier output through a list": lambda read: read[0] + torch.stack(read[2:]).sum((0, 2))[:, None],
+    "the inputs": lambda read: read[0] * read[1][:, :1],
+    "the number of rows of an earlier output": lambda read: read[0] + torch.zeros(read[2].shape[0], 1),
+    "an earlier output is returned": lambda read: {"late": read[0], "early": read[3]},
+    "the inputs are returned": lambda read: (read[0], read[1]),
+}
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("name", ENDS)
+def test_what_is_read_after_the_patches_has_one_block_per_patch(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    inputs = (torch.randn(rows, 6),)
+    points = hook_points(Layered(ENDS[name]).eval(), *inputs)
+    patches = {site: zero_ablate(site) for site in parts(points.site("layers.3"))}
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches)) == "fold"
+
+
+def test_the_number_of_rows_may_be_read_before_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shaped(Residual):
+        def forward(self, vector: Tensor) -> Tensor:
+            count = vector.shape[0]
+            for layer in self.layers:
+                vector = layer(vector.relu())
+            return self.head(vector.view(count, 2, 3).flatten(1))
+
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    points = hook_points(Shaped().eval(), *(inputs := (torch.randn(ROWS, 6),)))
+    patches = {site: zero_ablate(site) for site in parts(points.site("layers.5"))}
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches)) == "fold"
+
+
+def test_outputs_that_only_skipped_modules_read_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    points = hook_points(Layered(ENDS["an earlier output"]).eval(), *(inputs := (torch.randn(ROWS, 6),)))
+    seen: dict[int, set[int]] = {number: set() for number in range(4)}
+    for number, layer in enumerate(points.model.layers):
+        layer.register_forward_hook(lambda _, args, output, number=number: seen[number].add(len(output)))
+    patches = {site: zero_ablate(site) for site in parts(points.site("layers.3"))}
+    sweep(points, *inputs, patches=patches, metric=total, strategy="fold")
+    blocks = (len(patches) + 1) * ROWS
+    assert [blocks in counts for counts in seen.values()] == [True, False, False, True]
+
+
 @pytest.mark.parametrize("output", ["mean", "total", "constant"])
 def test_an_output_without_rows_is_not_folded(output: str) -> None:
     def after(hidden: Tensor) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 
-from ..engine.paths import Path, _children, get, is_tensordict, leaves, replace
+from ..engine.paths import Path, _children, get, is_tensordict, leaves, replace, storage
 from ..engine.sessions import Attached, Session
 from ..errors import EditError
 from ..labels import labelled
@@ -49,6 +49,8 @@ class Fold:
         self.rows = next((leaf.shape[axis] for axis, leaf in inputs if axis is not None), 0)
         self._of_output: dict[Path, int] = {}
         self.reads: list[str] = []  # names of the types of those objects in the output that a metric has read
+        self.repeats_all = False  # whether to repeat even those inputs and outputs that seem not to be read
+        self.has_left_out = False  # whether a forward pass has not repeated all of them
         self._template = baseline
         for path, kind in opaque(baseline):
             self._template = replace(self._template, path, _Unread(kind, self.reads))
@@ -190,14 +192,18 @@ class _Run:
                 here[-1][1].append(patch)
         self._waiting, self._unchanged = {*self._at}, False
         self._patched: set[int] = set()
+        self._read: set[object] | None = None  # the inputs and the outputs of skipped calls to repeat; None for all
 
     def output(self, skip: int) -> Any:
         """Run the model on all blocks, skipping the first `skip` module calls."""
         forward, points = self.forward, self.forward.points
         inputs: Any = forward.inputs
+        if skip and not self.fold.repeats_all:
+            self._read = forward.prefix.read_after(skip, self.fold._baseline)
         with refused():  # a container, such as a TensorDict, may have a fixed number of rows
             for path, leaf in [*leaves(inputs)]:
-                inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
+                if self._is_read(storage(leaf)):
+                    inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
         session = ContextSession(points)
         for name in self._at:
             session.listen(points[name], "patch", functools.partial(self._put, name))
@@ -218,9 +224,17 @@ class _Run:
     def _repeated(self, leaf: Tensor, axis: int | None) -> Tensor:
         return leaf if axis is None else torch.cat([leaf] * self.blocks, axis)
 
+    def _is_read(self, each: object) -> bool:
+        """Return whether an input, or the output of a skipped call, is repeated; see `Prefix.read_after`."""
+        is_read = self._read is None or each in self._read
+        self.fold.has_left_out |= not is_read
+        return is_read
+
     def _spread(self, call: Call) -> Any:
-        """Return the output of a skipped module call, repeated for each block."""
+        """Return the output of a skipped module call, repeated for each block if anything reads the output."""
         output = fresh(call.output)
+        if not self._is_read((call.module, call.number)):
+            return output
         for path, leaf in leaves(call.output):
             output = replace(output, path, self._repeated(leaf, self.fold.axes.get((call.module, call.number, path))))
         return output

@@ -14,6 +14,7 @@ from torch.overrides import _pop_mode_temporarily
 
 from ..engine.inputs import batches, copied_inputs, input_count
 from ..engine.moments import Moment, forward_context, published
+from ..engine.paths import storage
 from ..engine.sessions import Attached, Session
 from ..engine.state import undisturbed
 from ..errors import SweepError, UnreachedError
@@ -25,7 +26,7 @@ from ..patching.patch import Patch
 from ..patching.recording import run_with_cache
 from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
-from .prefix import Prefix, fresh
+from .prefix import Prefix, Use, fresh
 
 _LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
 FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
@@ -218,6 +219,7 @@ def clean_run(
         with _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext():
             free[0] -= leaf.nbytes
             seen[name] = Seen(leaf, prefix, keep=free[0] >= 0)
+            prefix.uses.append(Use(-1, prefix.finished, {storage(leaf)}, set()))
         return leaf
 
     first_at: dict[str, Entry] = {}

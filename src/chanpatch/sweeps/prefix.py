@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, M
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,15 @@ class Call:
         return all(tensor._version == version for tensor, version in self.versions)
 
 
+class Use(NamedTuple):
+    """A torch function, or the end of a module call, in the forward pass that a Prefix remembers."""
+
+    call: int  # index of the module call in which the function ran, or of the call that ended; -1 if in no call
+    finished: int  # number of module calls that had finished
+    given: set[int] | None  # addresses of the storages of the function's arguments; None at the end of a call
+    made: set[int]  # addresses of the storages of the function's results
+
+
 class Prefix:
     """The module calls in one forward pass, with the outputs that later forward passes reuse.
 
@@ -75,10 +84,12 @@ class Prefix:
         self.calls: list[Call] = []  # in the order in which the calls have finished
         # For each call to a torch function: number of module calls finished before, bytes, and arithmetic operations.
         self.steps: list[tuple[int, int, float]] = []
+        self.uses: list[Use] = []
         self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values
         self._counts: Counter[nn.Module] = Counter()
         self._spread: Callable[[Call], Any] | None = None
-        self._inside = self._tapped = self._is_wrapped = False
+        self.inside = False  # whether a remembered or replayed call is running
+        self._tapped = self._is_wrapped = False
         self.finished = self._skipped = 0  # in the current forward pass: number of finished calls, and of calls to skip
 
     def largest_after(self, number: int) -> int:
@@ -103,7 +114,7 @@ class Prefix:
         """
         self._taps, self._free_bytes, self._draws = taps, max_bytes, draws
         self.finished, self.last_read = 0, 0
-        for noted in (self.calls, self.steps, self._counts):
+        for noted in (self.calls, self.steps, self.uses, self._counts):
             noted.clear()
         modules = dict.fromkeys(self._without_hooks_inside(self._model)) if store else ()
         with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Watch(self):
@@ -123,7 +134,7 @@ class Prefix:
 
         If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
         """
-        self.finished, self._inside, self._skipped, self._spread = 0, False, number, spread
+        self.finished, self.inside, self._skipped, self._spread = 0, False, number, spread
         for call in self.calls[:number]:
             if call.known and call.left:
                 call.left.put_back()  # later modules may read attributes that a skipped module sets
@@ -148,6 +159,26 @@ class Prefix:
         finally:
             self._is_wrapped = False
 
+    def read_after(self, number: int, output: Any) -> set[object]:
+        """Find what a forward pass that skips the first `number` calls reads after these calls, or returns.
+
+        `output` is the output of the remembered forward pass. The result contains (module, index of the call) for each
+        skipped call whose output is read, and the addresses of all storages that are read and that no call has made.
+        """
+        read: set[int] = {storage(tensor) for _, tensor in leaves(output)}
+        calls = set[object]()
+        for use in reversed(self.uses):
+            is_skipped = 0 <= use.call < number and self.calls[use.call].known
+            if is_skipped and use.given is None:
+                if not read.isdisjoint(use.made):
+                    calls.add((self.calls[use.call].module, self.calls[use.call].number))
+                read -= use.made
+            elif use.given is not None and not is_skipped:
+                is_read = use.finished >= number or not read.isdisjoint(use.made)
+                read -= use.made - use.given - {0}
+                read |= use.given if is_read else set()
+        return calls | read
+
     def _without_hooks_inside(self, module: nn.Module, name: str = "") -> Iterator[nn.Module]:
         """Yield the outermost modules that the traced method calls and whose submodules have no hooks."""
         hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
@@ -162,7 +193,7 @@ class Prefix:
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         number = self._counts[module]
         self._counts[module] += 1
-        if self._inside:
+        if self.inside:
             return forward(*args, **kwargs)
         given = {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
         if any(getattr(part, "inplace", False) for part in module.modules()):
@@ -172,6 +203,7 @@ class Prefix:
         state.note() if self._snapshot.contents else state.note_bound()
         output = self._run(forward, *args, **kwargs)
         returned = [*_tensors([output])]
+        self.uses.append(Use(len(self.calls), self.finished, None, {storage(tensor) for tensor in returned} - {0}))
         size = sum(tensor.nbytes for tensor in returned)
         # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
         known = not self._tapped and size <= self._free_bytes and drawn == (self._draws and self._random_state())
@@ -185,7 +217,7 @@ class Prefix:
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._inside or self.finished >= self._skipped:
+        if self.inside or self.finished >= self._skipped:
             return forward(*args, **kwargs)
         call = self.calls[self.finished]
         if call.module is not module:
@@ -198,11 +230,11 @@ class Prefix:
         return _copy(call.output) if call.copied else fresh(call.output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._inside = True
+        self.inside = True
         try:
             return forward(*args, **kwargs)
         finally:
-            self._inside = False
+            self.inside = False
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
@@ -232,16 +264,21 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
-        if name == "__get__" or _caller(1).startswith(_OURS):
+        ours = _caller(1).startswith(_OURS)
+        if name == "__get__" or (ours and name != "clone"):  # the inputs are clones
+            return output
+        tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
+        given = {storage(tensor) for tensor in tensors}
+        returned = [*_tensors(tensors[:1] if name == "__setitem__" else [output])]
+        call = prefix.finished if prefix.inside else -1
+        prefix.uses.append(Use(call, prefix.finished, given, {*map(storage, returned)}))
+        if ours:
             return output
         always_reads, multiplies = _kind(name)
         if (always_reads or _reads_by(name, args)) and not _caller(1).startswith(
             "torch.distributions"
         ):  # these reads only check arguments
             prefix.last_read = len(prefix.steps)
-        tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
-        given = {storage(tensor) for tensor in tensors}
-        returned = [*_tensors([output])]
         if not returned:
             return output
         sizes = [tensor.nbytes for tensor in returned if storage(tensor) not in given]

@@ -79,33 +79,42 @@ class Execution:
             for number, group in folded.items():
                 self._loop(number, group, group.entries, "fold: no speed-up expected for this model")
             return reasons
-        ends = self._drawn(chunks)
-        compared = {entry.number: entry for entry in ends}
-        why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
         try:
-            with self.forward.undisturbed.shared():
-                alone = [
-                    (entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)
-                ]
-                first = fold.outputs(chunks[0], disturbed=True)
-            with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
-                for chunk in [chunks[0], *chunks[:0:-1]]:
-                    outputs = first if chunk is chunks[0] else fold.outputs(chunk)
-                    for (entry, _), output in zip(chunk, outputs, strict=True):
-                        if entry.number in compared:
-                            self._compare(entry, output, [each for each in alone if each[0] is entry])
-                        self._measure(entry, output)
-                        if fold.reads:
-                            raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
-                    begun = {id(group) for _, group in chunk}
-                    for place, group in folded.items():
-                        if id(group) in begun:
-                            self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
+            try:
+                self._run_fold(fold, chunks, folded)
+            except StrategyError:
+                if not fold.has_left_out:
+                    raise
+                fold.repeats_all = True  # the model may have read the number of rows before the patches
+                self._run_fold(fold, chunks, folded)
         except StrategyError as fault:
             for place in folded:
                 self.done.pop(place, None)
             reasons |= dict.fromkeys(folded, str(fault))
         return reasons
+
+    def _run_fold(self, fold: Fold, chunks: Sequence[Sequence[tuple[Entry, Group]]], folded: dict[int, Group]) -> None:
+        """Run all chunks, and compare two entries with the plain loop."""
+        ends = self._drawn(chunks)
+        compared = {entry.number: entry for entry in ends}
+        count = sum(len(group.entries) for group in folded.values())
+        why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
+        with self.forward.undisturbed.shared():
+            alone = [(entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)]
+            first = fold.outputs(chunks[0], disturbed=True)
+        with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
+            for chunk in [chunks[0], *chunks[:0:-1]]:
+                outputs = first if chunk is chunks[0] else fold.outputs(chunk)
+                for (entry, _), output in zip(chunk, outputs, strict=True):
+                    if entry.number in compared:
+                        self._compare(entry, output, [each for each in alone if each[0] is entry])
+                    self._measure(entry, output)
+                    if fold.reads:
+                        raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
+                begun = {id(group) for _, group in chunk}
+                for place, group in folded.items():
+                    if id(group) in begun:
+                        self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
 
     def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[Entry]:
         """Draw one entry from the first chunk and one from the last chunk, to be compared with the plain loop."""
