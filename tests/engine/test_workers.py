@@ -376,6 +376,7 @@ def test_when_verified_patches_are_lost_their_exact_effects_are_nan() -> None:
 def test_after_a_killed_worker_the_same_call_with_a_new_pool_runs_only_the_lost_parts(tmp_path) -> None:
     points, observations = mlp()
     log = tmp_path / "log"
+    workers._unfinished.clear()  # other tests leave unfinished calls
     each = {"patches": edits(points, log, killed_once), "metric": first_logit}
     with processes() as pool, pytest.raises(ExecutorError) as caught:
         sweep(points, observations, **each, executor=pool)
