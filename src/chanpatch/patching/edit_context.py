@@ -134,11 +134,11 @@ def state_of(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
+    if type(owner).__module__.partition(".")[0] in ("chanpatch", "torch") or isinstance(owner, nn.Module):
+        return None
     own_call = any(isinstance(vars(kind).get("__call__"), types.FunctionType) for kind in type(owner).__mro__)
     is_method = isinstance(function, types.MethodType) and not isinstance(owner, type)
-    of_a_library = type(owner).__module__.partition(".")[0] in ("chanpatch", "torch")
-    may = (own_call or is_method) and not of_a_library and not isinstance(owner, nn.Module)
-    return owner if may else None
+    return owner if own_call or is_method else None
 
 
 def call_key(function: Any) -> tuple[object, ...]:
