@@ -1,9 +1,10 @@
 """Fold: run many patches, at one or several hook points, as blocks of rows in one batch.
 
-Each block has one row per input. Modules that finish before the earliest patch are skipped, and their outputs in the
-clean run are repeated for each block. The fold is correct only if the model treats rows independently. Therefore, each
-block is compared with the clean run before the block is patched. The first fold also contains a block with different
-activations, which must not affect the other blocks. The outputs for two patches are compared with the plain loop.
+Each block has one row per input. Modules that finish before the earliest patch are skipped. Their outputs in the clean
+run are repeated for each block if they are read after the skipped modules. The fold is correct only if the model treats
+rows independently. Therefore, each block is compared with the clean run before the block is patched. The first fold
+also contains a block with different activations, which must not affect the other blocks. The outputs for two patches
+are compared with the plain loop.
 """
 
 from __future__ import annotations
