@@ -44,7 +44,7 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
         (missing, f"[Errno 2] No such file or directory: '{missing}'\n"),
         (
             foreign,
-            f"'{foreign}' is damaged, or is not a file from chanpatch.save(): SafetensorError: Error while "
+            f"'{foreign}' is damaged, or was not written by chanpatch.save(): SafetensorError: Error while "
             "deserializing header: header too small\n",
         ),
     ):
@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
     (["--help"], "List a model's hook points, and inspect and verify patch files written by chanpatch.save()."),
     (["--help"], "print the contents of a patch file"),
     (["--help"], "chanpatch points my_model:example"),
-    (["points", "--help"], "a tuple (model, *inputs), in which the inputs are examples with at least one row."),
+    (["points", "--help"], "a tuple (model, *inputs), in which the inputs are a batch of at least one example."),
     (["verify", "--help"], "compare the run with the file's receipt."),
     (["show", "--help"], "No code from the file is executed."),
 ])  # fmt: skip
@@ -141,8 +141,11 @@ def test_verify_compares_a_run_with_the_receipt(folder: Path, capsys: pytest.Cap
     [
         ("my_model", "'my_model' does not have the form module:callable, such as my_model:example.\n"),
         ("my_modle:example", "No module named 'my_modle'. Run the command in the folder of my_modle.py.\n"),
-        ("my_model:exampel", "my_model has no callable 'exampel'. Did you mean 'example'?\n"),
-        ("my_model:alone", "my_model:alone must return a tuple (model, *inputs); got Sequential.\n"),
+        ("my_model:exampel", "The module my_model has no callable 'exampel'. Did you mean 'example'?\n"),
+        (
+            "my_model:alone",
+            "my_model:alone must return a tuple (model, *inputs), with at least one input; got Sequential.\n",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_found_is_one_line_and_a_status_of_1(

@@ -510,8 +510,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or the module was compiled. If a patch does not have to run there, set "
-        "allow_unreached=['left'].",
+        "called directly (bypassing hooks), or the module was compiled. If a patch does not have to run in every "
+        "call, pass allow_unreached=['left'] to PatchedPolicy.",
     ),
     "a tap with a module's name": (
         errors.HookPointError,
@@ -628,22 +628,22 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an adapter that was merged on one side": (
         errors.UnsupportedModelError,
         call_twin_of_merged,
-        "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
-        "settings, so set the attribute to the same value in both. If the weights changed too, for example because an "
-        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches).",
+        "'merged' is True in the policy but False in its PatchedPolicy. The two share weights but not other "
+        "attributes, so set the attribute to the same value in both. If the weights changed too, for example because "
+        "an adapter was merged, create a new PatchedPolicy(policy, patches) instead.",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
-        "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so either the policy or the twin would run with the wrong parameters. Make the change permanent "
-        "before creating a twin, or use patched().",
+        "The policy (Merging) changes its parameters in train(). A PatchedPolicy shares the policy's parameters but "
+        "has its own training flags, so one of the two would run with the wrong parameters. Make the change permanent "
+        "before you create the PatchedPolicy, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
-        "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns the policy's "
-        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass "
+        "NoForward has no forward(). To rollout() or action_distribution(), pass a function that returns the policy's "
+        "logits or distribution, such as lambda observations: agent.actor(observations). To rollout_sweep(), pass "
         "a module whose forward() returns the logits or distribution.",
     ),
     "no distribution": (

@@ -705,7 +705,7 @@ def test_functional_call_runs_other_weights_through_the_patch(net, vector, patch
     other.load_state_dict(doubled)
     with patched(net, patch):
         torch.testing.assert_close(functional_call(net, doubled, (vector,)), by_hand(other, vector))
-    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its twin"):
+    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its PatchedPolicy"):
         functional_call(PatchedPolicy(net, patch), doubled, (vector,))
 
 

@@ -19,8 +19,8 @@ from .registry.points import HookPoints, hook_points
 from .saving.files import contents, verify
 
 _MODEL = """MODEL is module:callable, such as my_model:example. The callable has no parameters and returns a tuple
-(model, *inputs), in which the inputs are examples with at least one row. The Python module may be a file in the current
-folder."""
+(model, *inputs), in which the inputs are a batch of at least one example. The Python module may be a file in the
+current folder."""
 
 _EXAMPLES = """examples:
   chanpatch points my_model:example                            list every activation of a model
@@ -31,7 +31,7 @@ _EXAMPLES = """examples:
 In Python, patches = chanpatch.load(file, points) loads patches; run the model inside with patched(points, patches):.
 """
 
-# What each optional package is for.
+# The purpose of each optional package.
 _OPTIONAL = {
     "matplotlib": "figures (extra: plot)",
     "safetensors": "saving and loading patches (extra: save)",
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
-    """Import and call a function `module:callable`; return the hook points of the model, and the model's inputs."""
+    """Import and call a function given as `module:callable`; return the model's hook points and the model's inputs."""
     name, _, attribute = reference.partition(":")
     if not name or not attribute:
         raise ValueError(f"{reference!r} does not have the form module:callable, such as my_model:example.")
@@ -112,10 +112,12 @@ def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
         raise ValueError(f"{fault}. Run the command in the folder of {name.partition('.')[0]}.py.") from None
     if not callable(function := getattr(module, attribute, None)):
         hint = did_you_mean(attribute, [each for each, value in vars(module).items() if callable(value)])
-        raise ValueError(f"{name} has no callable '{attribute}'.{hint}")
+        raise ValueError(f"The module {name} has no callable '{attribute}'.{hint}")
     returned = function()
     if not isinstance(returned, tuple) or len(returned) < 2:
-        raise ValueError(f"{reference} must return a tuple (model, *inputs); got {type(returned).__name__}.")
+        raise ValueError(
+            f"{reference} must return a tuple (model, *inputs), with at least one input; got {type(returned).__name__}."
+        )
     model, *inputs = returned
     return hook_points(model, *inputs), tuple(inputs)
 

@@ -20,14 +20,14 @@ _HEADS = "batch position (head feature)"
 
 
 class _Family(NamedTuple):
-    """For one family of models, the ends of the names of all hook points at which axes are named.
+    """Hook points at which axes are named, for one family of models. Each hook point is given by the end of its name.
 
     Attributes:
         hidden: Hidden states to which axis names from other hook points do not propagate.
         heads: Hook points whose feature axis is split into query heads.
         key_heads: Hook points whose feature axis is split into key-value heads.
         weights: Attention weights, which the model returns only with the "eager" implementation of attention.
-        others: Other hook points, each with a pattern for `view` or with axis names.
+        others: Dict that maps other hook points to axis names or to patterns for `view`.
     """
 
     hidden: Sequence[str]
@@ -128,7 +128,7 @@ def axes(model: nn.Module) -> dict[str, View | str]:
 
 
 def _head_counts(config: Any) -> list[tuple[str, int, int]]:
-    """Return tuples (start of a pattern, number of heads, number of key-value heads), one per part of the model."""
+    """Return one tuple (start of a pattern, number of heads, number of key-value heads) per part of the model."""
     heads = config.num_attention_heads
     decoder = getattr(config, "decoder_attention_heads", heads)
     if decoder != heads:
@@ -142,7 +142,7 @@ def _exists(end: str, modules: Iterable[str]) -> bool:
     return not module or any(fnmatch(name, f"*.{module}") for name in modules)
 
 
-# For each hook of TransformerLens, the ends of the corresponding names in transformers.
+# For each hook in TransformerLens, the ends of the corresponding hook points' names in transformers.
 _BLOCKS = (".h.", ".layers.", ".layer.")
 _OWN_NAMES = {
     "hook_embed": ".wte .embed_tokens .embed_in .word_embeddings",
@@ -168,8 +168,8 @@ _OWN_NAMES = {
 def own_name(name: str, known: Iterable[str]) -> str:
     """Find the hook point that corresponds to a hook in TransformerLens, such as `blocks.1.attn.hook_z`.
 
-    Return the quoted name of the hook point, or an empty string if none corresponds. `known` contains the names of the
-    model's hook points or modules.
+    Return the quoted name of the hook point, followed by the part to select if the projection is fused; or an empty
+    string if no hook point corresponds. `known` contains the names of the model's hook points or modules.
     """
     parts = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", name)
     assert parts  # any text matches

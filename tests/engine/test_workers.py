@@ -265,8 +265,8 @@ def test_environments_must_be_made_by_a_function(threads) -> None:
     with pytest.raises(RolloutError) as caught:
         rollout(policy, ENVS(), range(3), max_steps=5, outputs="logits", executor=threads)
     assert str(caught.value) == (
-        "With an executor, each worker needs its own environments: pass a function that creates them, such as "
-        "envs=lambda: gymnasium.make_vec(...); got SyncVectorEnv."
+        "With executor=, envs must be a function that creates environments, because each worker needs its own "
+        "environments; got SyncVectorEnv. Pass, for example, envs=lambda: gymnasium.make_vec(...)."
     )
 
 

@@ -45,8 +45,8 @@ def gym_env() -> Any:
 
 
 EXPECTED = (
-    "envs must be a gymnasium environment or vector environment, a VecEnv from Stable-Baselines3, or a procgen "
-    "environment; got "
+    "envs must be a gymnasium environment or vector environment, a VecEnv from Stable-Baselines3, a procgen "
+    "environment, or a function that creates one of these; got "
 )
 
 
@@ -93,15 +93,15 @@ class Sampled(gymnasium.Env):
     [
         (spaces.Text(5), "observations is a Text"),
         (spaces.Dict(image=spaces.Box(0, 1, (3,)), mission=spaces.Text(5)), "observations['mission'] is a Text"),
-        (spaces.Tuple([spaces.Discrete(3), spaces.Dict(a=spaces.Text(5))]), "observations[1]['a'] is a Text"),
-        (spaces.Sequence(spaces.Discrete(3)), "observations is a Sequence"),
-        (spaces.OneOf([spaces.Discrete(3), spaces.Discrete(4)]), "observations is a OneOf"),
+        (spaces.Tuple([spaces.Discrete(3), spaces.Dict(a=spaces.Text(5))]), "observation_space[1]['a'] is a Text"),
+        (spaces.Sequence(spaces.Discrete(3)), "observation_space is a Sequence"),
+        (spaces.OneOf([spaces.Discrete(3), spaces.Discrete(4)]), "observation_space is a OneOf"),
     ],
 )
 def test_observations_that_are_not_numbers_are_refused(space, name):
     assert refusal(uniform, SyncVectorEnv([lambda: Sampled(space)] * 2)) == (
-        f"{name} space, which does not produce numeric arrays. Remove this part of the observation with "
-        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as numbers in a wrapper."
+        f"{name} space, which does not produce numeric arrays. Encode the values as numbers in a wrapper, or keep only "
+        "the numeric parts of the observation with gymnasium.wrappers.FilterObservation(environment, names_to_keep)."
     )
 
 
@@ -119,7 +119,7 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
     message = refusal(policy, envs, outputs="logits")
     assert message.startswith("The policy failed on channels-last images (Given groups=1")
     assert message.endswith(
-        "The convolution expects (batch, channel, height, width): pass lambda observations: "
+        "The convolution expects shape (batch, channel, height, width). Pass lambda observations: "
         "policy(observations.permute(0, 3, 1, 2))."
     )
     turned = lambda seen: policy(seen.permute(0, 3, 1, 2))  # noqa: E731
@@ -180,8 +180,8 @@ def initial_state(rows: int) -> Any:
 def test_a_policy_with_other_arguments_is_not_called_without_them(cart_poles, settings, taken, given):
     policy = Recurrent()
     assert refusal(policy, cart_poles, **settings) == (
-        f"Recurrent expects {taken}, but a rollout passes {given}. For a recurrent policy, set initial_state=. If the "
-        "policy needs other arguments, wrap it in a function, such as lambda seen, state: "
+        f"Recurrent expects the arguments {taken}, but a rollout passes {given}. For a recurrent policy, pass "
+        "initial_state. If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
         "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
     )
     wrapped = lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))  # noqa: E731
@@ -256,9 +256,9 @@ def test_a_twin_in_another_mode_than_its_policy_is_not_compared_with_it(cart_pol
     policy.eval()
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"policy": policy, "identity": twin}, cart_poles, range(4), **MODES)
-    assert "is in eval mode in 'policy', but '2" in str(caught.value)
-    assert "is in training mode in 'identity'. The comparison would" in str(caught.value)
-    with pytest.raises(RolloutError, match="is in eval mode in the original policy, but .* training mode in its twin"):
+    assert "is in eval mode, but in 'identity', '2" in str(caught.value)
+    assert "is in training mode. The comparison would" in str(caught.value)
+    with pytest.raises(RolloutError, match="^In the original policy, .* is in eval mode, but in its PatchedPolicy, "):
         rollout(twin, cart_poles, range(4), **MODES)
     twin.eval()
     pairs = paired_rollouts({"policy": policy, "identity": twin}, cart_poles, range(4), **MODES)
@@ -271,15 +271,15 @@ def test_the_module_that_differs_is_named(cart_poles):
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": policy, "copy": copied}, cart_poles, range(4), **MODES)
     assert str(caught.value) == (
-        "'2' (Dropout) is in training mode in 'one', but '2' (Dropout) is in eval mode in 'copy'. The comparison "
-        "would measure this difference in mode. Put both in the same mode with eval() or train()."
+        "In 'one', '2' (Dropout) is in training mode, but in 'copy', '2' (Dropout) is in eval mode. The comparison "
+        "would measure this difference in mode. Put the two modules in the same mode with eval() or train()."
     )
 
 
 def test_modes_of_functions_and_of_networks_of_another_shape_are_compared_too(cart_poles):
     one, other = network(nn.Dropout(0.5)), nn.Sequential(network(nn.Dropout(0.5))).eval()
     for policies in ({"one": lambda x: one(x), "other": lambda x: other(x)}, {"one": one, "other": other}):
-        with pytest.raises(RolloutError, match=r"'2' \(Dropout\) is in training mode in 'one', but '0.2' \(Dropout\)"):
+        with pytest.raises(RolloutError, match=r"In 'one', '2' \(Dropout\) is in training mode, but in 'other', '0.2'"):
             paired_rollouts(policies, cart_poles, range(4), **MODES)
 
 
@@ -299,5 +299,7 @@ def test_modes_that_change_nothing_and_modes_mixed_alike_on_both_sides_are_compa
 def test_a_sweep_refuses_every_kind_in_training_mode(cart_poles, kind):
     policy = network(DEPENDING[kind]())
     patches = {"identity": edit(hook_points(policy, torch.randn(2, 4)).site("1"), torch.clone)}
-    with pytest.raises(RolloutError, match="in training mode would let the labels affect each other"):
+    with pytest.raises(
+        RolloutError, match="in training mode would let patches with different labels affect each other"
+    ):
         rollout_sweep(policy, cart_poles, range(4), patches, **MODES)

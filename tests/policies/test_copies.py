@@ -88,9 +88,9 @@ def test_a_function_whose_calls_would_go_unpatched_without_an_unreached_patch_is
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Again(), ON_A)
     assert str(caught.value) == (
-        "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook) that refers to "
-        "the policy itself or to a container in the policy. In a twin, that reference would still point to the "
-        "unpatched original. Use a method instead, or use patched()."
+        "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook), which refers to "
+        "the policy itself or to a container in the policy. In a PatchedPolicy, that reference would still point to "
+        "the unpatched original. Use a method instead of the reference, or use patched()."
     )
 
 
@@ -234,7 +234,9 @@ def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_the_next_c
     twin = PatchedPolicy(policy, ON_A)
     twin(x) if method == "__call__" else twin.reset()
     for _ in range(2):
-        with pytest.raises(UnsupportedModelError, match="'h' was replaced in the policy or its twin") as caught:
+        with pytest.raises(
+            UnsupportedModelError, match="'h' was replaced in the policy or its PatchedPolicy"
+        ) as caught:
             twin(x) if method == "__call__" else twin.reset()
     assert "If the policy's own code replaced the tensor, update the tensor with copy_() instead" in str(caught.value)
 
@@ -258,10 +260,10 @@ def test_other_weights_by_functional_call_are_refused_by_name(x):
     with pytest.raises(UnsupportedModelError) as caught:
         torch.func.functional_call(PatchedPolicy(policy, ON_A), other, (x,))
     assert str(caught.value) == (
-        "'a.weight' was replaced in the policy or its twin after the twin was created, so the two no longer share "
-        "all weights. Create a new twin with PatchedPolicy(policy, patches) or, for torch.func.functional_call, use "
-        "the policy inside patched(). If the policy's own code replaced the tensor, update the tensor with copy_() "
-        "instead, or store the tensor in a plain attribute."
+        "'a.weight' was replaced in the policy or its PatchedPolicy, so the two no longer share all weights. Create a "
+        "new PatchedPolicy(policy, patches) or, for torch.func.functional_call, use the policy inside patched(). If "
+        "the policy's own code replaces the tensor, change that code to update the tensor with copy_(), or to store "
+        "the tensor in a plain attribute."
     )
 
 
@@ -322,9 +324,9 @@ def test_a_weak_reference_to_a_module_of_the_policy_is_refused(refer):
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Weakly(refer), ON_A)
     assert str(caught.value) == (
-        "Weakly stores a weak reference (in an attribute or as a hook) that refers to the policy itself or to a "
-        "container in the policy. In a twin, that reference would still point to the unpatched original. Use a "
-        "method instead, or use patched()."
+        "Weakly stores a weak reference (in an attribute or as a hook), which refers to the policy itself or to a "
+        "container in the policy. In a PatchedPolicy, that reference would still point to the unpatched original. Use "
+        "a method instead of the reference, or use patched()."
     )
 
 

@@ -338,7 +338,7 @@ def test_nan_of_a_distribution_that_is_not_validated_is_an_error(cart_poles):
         with pytest.raises(DistributionError) as caught:
             rollout(unchecked, cart_poles, [0, 1], max_steps=2, greedy=greedy)
         assert str(caught.value) == (
-            "The policy's Categorical contains NaN, so no action can be sampled. Use recording(...) to find the "
+            "The policy's Categorical contains NaN, so no action can be chosen. Use recording(...) to find the "
             "first activation with NaN."
         )
 
@@ -374,13 +374,13 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "kinds of policies that are not there": (
         lambda envs: paired_rollouts({"a": nn.Linear(3, 4)}, envs, [0], max_steps=2, outputs={"b": "logits"}),
         RolloutError,
-        "outputs has the key 'b', but the policies are named 'a'.",
+        "outputs has the key 'b', which is not the name of a policy. The names are 'a'.",
     ),
     "values that are a distribution": (
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
         DistributionError,
         "function returned Categorical, which contains a distribution, but outputs='values' only applies to tensors. "
-        "Omit outputs. With several policies, pass outputs as a dict that leaves out this policy.",
+        "Omit outputs. With several policies, pass outputs as a dict without this policy's name.",
     ),
     "logits that are whole numbers": (
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
@@ -419,12 +419,12 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of fewer environments": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
         RolloutError,
-        "masks returned an array of shape (4,) for 3 environments. Return one row per environment.",
+        "masks returned an array of shape (4,) for 3 environments. Return an array with one row per environment.",
     ),
     "masks that allow nothing": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
         RolloutError,
-        "masks returned False for all actions in at least one environment. Return True for allowed actions.",
+        "masks returned False for all actions in at least one environment. Return True for the allowed actions.",
     ),
     "masks that are added to logits": (
         returning(

@@ -91,9 +91,9 @@ def test_twins_and_sweeps_are_paired_in_make_vec_of_the_default_kind():
 
 
 REPLACED = (
-    "CartPoleVectorEnv accepts only one seed for all rows, so the rollout plays in one copy per row. The policy, a "
-    "patch or the masks use the original, in which no episode is played. Pass gymnasium.make_vec(..., "
-    'vectorization_mode="sync") instead.'
+    "CartPoleVectorEnv accepts only one seed for all sub-environments, so the rollout plays in copies of it. The "
+    "policy, a patch or the masks function uses the original environment, in which no episode is played. Pass "
+    'gymnasium.make_vec(..., vectorization_mode="sync") instead.'
 )
 
 
@@ -270,13 +270,13 @@ def test_a_missing_state_of_procgen_and_an_environment_without_levels_are_refuse
 
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), from_gym3(coin_runs(1), coin_runs(1).get_state()), [0, 1], **MODES)
-    assert str(caught.value) == "Seed 1 is not the index of a state; there are 1 states."
+    assert str(caught.value) == "Each seed must be an index into states, less than 1; got 1."
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), gym3.Env(gym3.types.discrete_scalar(2), gym3.types.discrete_scalar(2), 1), [0], **MODES)
     assert str(caught.value) == (
-        "Env has no set_state or options, so a rollout cannot start it on a given level. Only gym3 environments "
-        "from procgen are supported; for another environment, write a gymnasium.Env whose reset(seed=...) loads the "
-        "level for that seed."
+        "Env has no set_state or options, so a rollout cannot start an episode on a given level. Only gym3 "
+        "environments from procgen are supported; for another environment, write a gymnasium.Env whose "
+        "reset(seed=...) loads the level for that seed."
     )
 
 
@@ -391,4 +391,7 @@ def test_one_agent_of_a_game_in_turns_is_paired_and_its_mask_is_in_the_infos():
 def test_an_agent_that_an_environment_lacks_is_named():
     with pytest.raises(RolloutError) as caught:
         from_pettingzoo(Racing(), "fourth", drawn)
-    assert str(caught.value) == "The environment has no agent 'fourth'. Its agents are 'first', 'second', 'third'."
+    assert (
+        str(caught.value)
+        == "The environment has no agent 'fourth'. Pass one of its agents: 'first', 'second', 'third'."
+    )

@@ -87,8 +87,8 @@ def test_an_info_that_is_never_there_and_a_state_of_no_recurrent_policy_are_refu
     with pytest.raises(RolloutError) as caught:
         rollout(act, ENVS["next step"](), SEEDS, max_steps=9, outputs="logits", keep=["allways"])
     assert str(caught.value) == (
-        "keep contains 'allways', but the infos contain always, at end, at reset, nested. Pass names of infos, "
-        "'observations' or 'final_state'."
+        "keep contains 'allways', but the infos from the environments contain always, at end, at reset, nested. Pass "
+        "names of infos, 'observations' or 'final_state'."
     )
     with pytest.raises(RolloutError) as caught:
         rollout(act, ENVS["next step"](), SEEDS, max_steps=9, outputs="logits", keep="final_state")
@@ -221,19 +221,21 @@ def test_parts_of_a_sweep_are_joined_to_the_sweep_over_all_seeds():
 def test_parts_that_are_not_parts_of_one_comparison_are_refused():
     one = swept(range(4))
     for other, message in (
-        (swept([7, 3]), "Both parts contain seed 3. Episodes with this seed use the same random numbers, so they "
-            "are not independent. Put episodes that share a seed into the same part."),
-        (swept([7], sampling_seed=1), "The parts cannot be joined because sampling_seed differs: 0 vs. 1."),
-        (swept([7], keep="observations"), "The parts cannot be joined because keep differs: [] vs. ['observations']."),
+        (swept([7, 3]), "Both results contain seed 3. Episodes with this seed use the same random numbers, so they "
+            "are not independent. Play all episodes that share a seed in one call."),
+        (swept([7], sampling_seed=1), "The results cannot be joined because sampling_seed differs: 0 vs. 1."),
+        (swept([7], keep="observations"),
+            "The results cannot be joined because keep differs: [] vs. ['observations']."),
         (swept([7]).top(2), None),
-        (replace(swept([7]), controls=None), "Two parts of a sweep can be joined only if they have the same controls."),
+        (replace(swept([7]), controls=None), "Two sweeps can be joined only if they have the same controls in the same "
+            "order."),
     ):  # fmt: skip
         with pytest.raises(RolloutError) as caught:
             one + other
         assert message is None or str(caught.value) == message
     assert str(caught.value)
     with pytest.raises(
-        RolloutError, match="only if they have the same policies in the same order; got .* before you call top"
+        RolloutError, match="only if they have the same policies in the same order; got .* before calling top"
     ):
         one + swept([7]).top(2)
     with pytest.raises(TypeError):

@@ -133,10 +133,10 @@ def test_a_transform_that_mixes_actions_is_refused():
     with pytest.raises(DistributionError) as caught:
         rollout(lambda _: mixed, SyncVectorEnv([agents.walking(spaces.Box(-9, 9, (3,)))] * 2), [0, 1], max_steps=3)
     assert str(caught.value) == (
-        "A rollout cannot sample actions from Normal after TanhTransform, StickBreakingTransform: paired sampling "
-        "requires the inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside "
-        "Independent, and for a Normal after elementwise transforms such as tanh. Pass a function that calls the "
-        "policy and returns one of these distributions."
+        "A rollout cannot sample actions from Normal with TanhTransform, StickBreakingTransform, because it samples by "
+        "inverse CDF. The supported distributions are Categorical, Bernoulli and Normal (also inside Independent), and "
+        "Normal with elementwise transforms such as tanh. Pass a function that calls the policy and returns one of "
+        "these distributions."
     )
 
 

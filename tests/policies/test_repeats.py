@@ -115,8 +115,8 @@ def test_the_error_names_the_container_and_its_users():
         paired_rollouts({"one": twin, "same": twin}, walks(1), range(7), **SETTINGS)
     assert str(caught.value) == (
         "Replaying the episodes of 'one' gives different results, because 'one', 'same' share a list that changes "
-        "during the episodes. Use a separate function and list for each of them. Alternatively, store the state in "
-        "attributes of an object: a rollout restores such attributes."
+        "during the episodes. Create a separate function with its own list for each of them. Alternatively, store the "
+        "state in attributes of an object, which a rollout restores."
     )
 
 
@@ -175,8 +175,8 @@ def test_a_module_with_state_is_no_edit_of_two_labels():
     with pytest.raises(RolloutError) as caught:
         rollout_sweep(POINTS, walks(6), range(2), {"one": patch(module), "same": patch(module)}, **SETTINGS)
     assert str(caught.value) == (
-        "A module that several labels use as an edit at '1' changes its own buffers or attributes, so the labels "
-        "would affect each other. Use a separate module for each label."
+        "Patches with different labels use the same module as an edit at '1'. The module changes its own buffers or "
+        "attributes, so the patches would affect each other. Use a separate module for each label."
     )
 
 
@@ -229,5 +229,5 @@ def test_one_policy_under_two_names_has_equal_episodes_or_is_refused():
         paired_rollouts({"one": twin, "same": twin}, walks(), range(5), **SETTINGS)
     assert str(caught.value) == (
         "'one' and 'same' are the same policy, but their episodes differ. The policy draws from a generator or keeps "
-        "state that a rollout cannot restore. Store the generator or the state in an attribute."
+        "state that a rollout cannot restore. Store the generator or state in an attribute of the policy."
     )

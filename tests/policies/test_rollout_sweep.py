@@ -362,8 +362,8 @@ def refused(error, policy, patches):
 
 def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
     assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
-        "rollout_sweep cannot limit the patch at Site('layers.1') to the rows of its label. Create the site with "
-        "hook_points(model, *inputs).site(...), which identifies the batch axis."
+        "rollout_sweep cannot limit the patch at Site('layers.1') to the patch's own rows of the batch. Create the "
+        "site with hook_points(model, *inputs).site(...), which identifies the batch axis."
     )
 
 
@@ -379,7 +379,7 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
     points = hook_points(Tabled(), torch.zeros(2, 4))
     message = refused(BatchAxisError, points, {"ablated": zero_ablate(points.site("table"))})
     assert message.startswith(
-        "rollout_sweep cannot limit the patch at Site('table') to the rows of its label. The trace could"
+        "rollout_sweep cannot limit the patch at Site('table') to the patch's own rows of the batch. The trace could"
     )
 
 
@@ -473,8 +473,8 @@ def test_a_policy_that_treats_the_rows_of_all_labels_together_is_refused(module,
     points = hook_points(policy, torch.zeros(2, 4))
     patches = {"ablated": zero_ablate(points.site("1", feature=0))}
     assert refused(RolloutError, points, patches) == (
-        f"'0' ({name}) in training mode would let the labels affect each other. Call eval() on the policy, or use "
-        "paired_rollouts with one PatchedPolicy per label."
+        f"'0' ({name}) in training mode would let patches with different labels affect each other. Call eval() on the "
+        "policy, or use paired_rollouts with one PatchedPolicy per label."
     )
     policy.eval()
     found, expected = (
@@ -505,7 +505,7 @@ def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points)
         assert str(caught.value) == (
             "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not "
             "affect. Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, "
-            "patches)."
+            "patches) as the policy."
         )
 
 
@@ -587,5 +587,5 @@ def test_a_batch_that_is_one_part_of_a_split_axis_is_an_error():
             return self.layer(observations.view(-1, 2)).view(len(observations), 2, 3).sum(1)
 
     points = hook_points(Flat(), torch.zeros(3, 4), axes={"layer": chanpatch.view("(batch half) feature", half=2)})
-    with pytest.raises(BatchAxisError, match="cannot limit the patch at Site\\('layer', half=1\\) to the rows"):
+    with pytest.raises(BatchAxisError, match="cannot limit the patch at Site\\('layer', half=1\\) to the patch's own"):
         rollout_sweep(points, drifting(2), SEEDS, patches=zero_ablate(points.site("layer", half=1)), max_steps=2)

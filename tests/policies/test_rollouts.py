@@ -596,9 +596,9 @@ def refused(error, **changed):
 def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
-        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available for "
-        "Categorical, Bernoulli and Normal, alone or inside Independent, and for a Normal after elementwise transforms "
-        "such as tanh. Pass a function that calls the policy and returns one of these distributions."
+        "A rollout cannot sample actions from Beta, because it samples by inverse CDF. The supported distributions are "
+        "Categorical, Bernoulli and Normal (also inside Independent), and Normal with elementwise transforms such as "
+        "tanh. Pass a function that calls the policy and returns one of these distributions."
     )
 
 
@@ -611,7 +611,7 @@ def test_environments_that_take_only_one_seed_are_refused():
 
 def test_actions_that_do_not_fit_the_environments_are_refused():
     assert refused(RolloutError, policy=lambda x: Normal(torch.zeros(len(x), 3), 1.0)) == (
-        "The policy produces actions of shape (2, 3) for 2 rows, but Discrete(2) expects shape (2,)."
+        "The policy's actions have shape (2, 3) for a batch of size 2, but Discrete(2) expects shape (2,)."
     )
 
 
@@ -625,33 +625,33 @@ def stateful(state):
     [
         (
             torch.zeros(2, 8),
-            "initial_state must be a function that returns the state for a given number of rows, such as lambda "
-            "rows: torch.zeros(1, rows, 64); got Tensor.",
+            "initial_state must be a function that receives the number of rows in the batch and returns the initial "
+            "state, such as lambda rows: torch.zeros(1, rows, 64); got Tensor.",
         ),
         (
             lambda rows: (torch.zeros(rows, 2), torch.zeros(1, 2, 8)),
             "state[1] has shape (1, 2, 8) in initial_state(2) and (1, 2, 8) in initial_state(3). Each tensor must "
-            "have exactly one batch axis, whose length is the number of rows.",
+            "have exactly one batch axis, whose length is the number of rows in the batch.",
         ),
         (
             lambda rows: {"h": torch.zeros(rows, rows)},
             'state["h"] has shape (2, 2) in initial_state(2) and (3, 3) in initial_state(3). Each tensor must '
-            "have exactly one batch axis, whose length is the number of rows.",
+            "have exactly one batch axis, whose length is the number of rows in the batch.",
         ),
         (
             lambda rows: torch.zeros(2 * rows, 8),
             "state has shape (4, 8) in initial_state(2) and (6, 8) in initial_state(3). Each tensor must "
-            "have exactly one batch axis, whose length is the number of rows.",
+            "have exactly one batch axis, whose length is the number of rows in the batch.",
         ),
         (
             lambda rows: [torch.zeros(8)] * rows,
-            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least one "
-            "tensor, and tensors in the same places for any number of rows.",
+            "initial_state must return at least one tensor, and the same structure for any number of rows in the "
+            "batch. Number of tensors in initial_state(2): 2; in initial_state(3): 3.",
         ),
         (
             lambda rows: None,
-            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least one "
-            "tensor, and tensors in the same places for any number of rows.",
+            "initial_state must return at least one tensor, and the same structure for any number of rows in the "
+            "batch. Number of tensors in initial_state(2): 0; in initial_state(3): 0.",
         ),
     ],
 )
@@ -735,7 +735,7 @@ def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice(
     assert message == (
         "The policy failed when the number of running episodes fell from 3 to 2 (Input batch size 2 doesn't match "
         "hidden0 batch size 3). If the policy stores a recurrent state with one row per environment, return that "
-        "state from the policy and set initial_state=, or use a single environment."
+        "state from the policy and pass initial_state, or use a single environment."
     )
 
 
@@ -867,7 +867,7 @@ def test_a_normal_presses_no_buttons():
 
 def test_policies_without_names_and_seeds_that_are_a_number_are_refused():
     policy = CategoricalPolicy()
-    with pytest.raises(TypeError, match="policies must map names to policies"):
+    with pytest.raises(TypeError, match="policies must be a dict that maps names to policies"):
         paired_rollouts([policy, policy], cart_poles(2), range(2), max_steps=3)
     with pytest.raises(RolloutError, match=r"seeds must contain one seed per episode, such as range\(100\); got 5"):
         rollout(policy, cart_poles(2), 5, max_steps=3)

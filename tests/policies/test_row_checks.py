@@ -18,17 +18,18 @@ from chanpatch.policies import rollout_sweep
 
 SETTINGS = {"max_steps": 20, "outputs": "logits"}
 DRAWS = (
-    "The policy draws random numbers in its forward pass. In a sweep, each label would get different numbers, so even "
-    "a patch that changes nothing would appear to have an effect. Use paired_rollouts with one PatchedPolicy per label "
-    "instead."
+    "The policy draws random numbers in its forward pass. In a sweep, the numbers would differ between the labels of "
+    "the patches, so even a patch that changes nothing would appear to have an effect. Use paired_rollouts with one "
+    "PatchedPolicy per label instead."
 )
 MIXES = (
-    "The policy's output for a row depends on the other rows in the batch, for example through batch statistics, so "
-    "the labels would affect each other. Use paired_rollouts with one PatchedPolicy per label instead."
+    "The policy's output for one observation depends on the other observations in the batch, for example through "
+    "batch statistics, so patches with different labels would affect each other. Use paired_rollouts with one "
+    "PatchedPolicy per label instead."
 )
 PATCH_DRAWS = (
-    "A patch at 'net.1' draws random numbers from a generator. In a sweep, each label would get different numbers, "
-    "so equal patches would have different effects. Use context.uniform(shape), which depends only on the episode "
+    "A patch at 'net.1' draws random numbers from a generator. In a sweep, the numbers would differ between labels, so "
+    "equal patches would have different effects. Use context.uniform(shape), whose numbers depend only on the episode "
     "and the step."
 )
 

@@ -101,7 +101,9 @@ def test_a_setting_changed_on_one_side_is_an_error_that_names_it(name, side, cal
     attribute, change = CHANGES[name]
     change((policy if side == "policy" else twin)[0][0])
     for _ in range(2 if called or side == "policy" else 1):
-        with pytest.raises(UnsupportedModelError, match=f"'0.0.{attribute}' is .* in the policy but .* in its twin"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"'0.0.{attribute}' is .* in the policy but .* in its PatchedPolicy"
+        ):
             twin(x)
 
 
@@ -114,9 +116,9 @@ def test_a_flag_of_the_class_that_an_instance_sets_is_compared(side, x):
         twin(x)
     on_policy = side == "policy"
     assert str(caught.value) == (
-        f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its twin. A twin shares the policy's "
-        "weights but not its settings, so set the attribute to the same value in both. If the weights changed too, "
-        "for example because an adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
+        f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its PatchedPolicy. The two share weights "
+        "but not other attributes, so set the attribute to the same value in both. If the weights changed too, for "
+        "example because an adapter was merged, create a new PatchedPolicy(policy, patches) instead."
     )
 
 
@@ -221,7 +223,7 @@ def test_what_the_twins_own_calls_change_is_not_compared(x):
         assert torch.equal(run(x), policy(x))
         assert twin.shape() == 3
     policy.out_features = 5
-    with pytest.raises(UnsupportedModelError, match="'out_features' is 5 in the policy but 3 in its twin"):
+    with pytest.raises(UnsupportedModelError, match="'out_features' is 5 in the policy but 3 in its PatchedPolicy"):
         twin(x)
 
 

@@ -167,7 +167,7 @@ def test_a_policy_with_actions_of_another_size_is_refused():
     with pytest.raises(RolloutError) as caught:
         rollout(policy, SyncVectorEnv([Moving] * 2), SEEDS, max_steps=4)
     assert str(caught.value) == (
-        "The policy produces actions of shape (2, 1) for 2 rows, but Box(-0.01, 2.0, "
+        "The policy's actions have shape (2, 1) for a batch of size 2, but Box(-0.01, 2.0, "
         "(2, 2), float32) expects shape (2, 2, 2)."
     )
 

@@ -271,7 +271,8 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
         on_actor.value(vector)
     assert str(caught.value) == (
         "The patch at 'actor' never ran in value(). Possible causes: the module was not called, or its .forward() was "
-        "called directly (bypassing hooks). If a patch does not have to run there, set allow_unreached=['actor']."
+        "called directly (bypassing hooks). If a patch does not have to run in every call, pass "
+        "allow_unreached=['actor'] to PatchedPolicy."
     )
 
 
@@ -415,7 +416,7 @@ def test_a_parameter_or_buffer_that_was_replaced_on_one_side_is_a_clear_error(
 ):
     twin(vector)
     change(policy if side == "policy" else twin)
-    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its twin") as caught:
+    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its PatchedPolicy") as caught:
         twin(vector)
     assert named in str(caught.value)
 
@@ -425,7 +426,7 @@ def test_a_parameter_of_one_number_that_was_replaced_by_an_equal_or_another_numb
     policy = nn.Linear(1, 1)
     twin = PatchedPolicy(policy, zero_ablate(Site(".out")))
     twin.bias = nn.Parameter(policy.bias.detach() + difference)
-    with pytest.raises(UnsupportedModelError, match="'bias' was replaced in the policy or its twin"):
+    with pytest.raises(UnsupportedModelError, match="'bias' was replaced in the policy or its PatchedPolicy"):
         twin(torch.zeros(1, 1))
 
 
@@ -434,7 +435,7 @@ def test_a_weight_of_an_lstm_that_was_replaced_on_one_side_is_a_clear_error(side
     policy, sequence = nn.Sequential(nn.LSTM(6, 4)), torch.randn(5, 2, 6)
     twin = PatchedPolicy(policy, edit(Site("0.out[1][0]"), torch.zeros_like))
     (policy if side == "policy" else twin)[0].weight_ih_l0 = nn.Parameter(torch.ones(16, 6))
-    with pytest.raises(UnsupportedModelError, match="'0.weight_ih_l0' was replaced in the policy or its twin"):
+    with pytest.raises(UnsupportedModelError, match="'0.weight_ih_l0' was replaced in the policy or its PatchedPolicy"):
         twin(sequence)
 
 
@@ -478,7 +479,9 @@ def test_another_structure_on_one_side_is_a_clear_error(policy, twin, vector, ch
     twin(vector)
     change(policy if side == "policy" else twin)
     for call in (twin, twin.greedy, twin.body):
-        with pytest.raises(UnsupportedModelError, match=r"was replaced in the policy or its twin.*Create a new twin"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"was replaced in the policy or its PatchedPolicy.*Create a new"
+        ):
             call(vector)
 
 
@@ -611,7 +614,7 @@ def test_a_policy_with_computed_weights_has_a_twin(norm, vector):
 @pytest.mark.parametrize("thing", [threading.Lock, lambda: iter(i for i in "ab"), lambda: memoryview(b"ab")])
 def test_a_policy_that_cannot_be_copied_is_a_clear_error(policy, thing):
     policy.held = thing()
-    with pytest.raises(UnsupportedModelError, match="Policy cannot be copied, so it cannot have a twin"):
+    with pytest.raises(UnsupportedModelError, match="PatchedPolicy cannot copy Policy"):
         PatchedPolicy(policy, zero_ablate(Site("actor")))
 
 
@@ -1184,8 +1187,8 @@ def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     with pytest.raises(UnsupportedModelError) as caught:
         record(twin, vector)
     assert str(caught.value) == (
-        "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
-        "patched(policy, patches): torch.export then keeps the patches."
+        "torch.export and torch.fx would drop or freeze the patches of a PatchedPolicy. Instead, export the policy "
+        "inside patched(policy, patches): torch.export then keeps the patches."
     )
     assert twin(vector) is not None
 

@@ -258,7 +258,7 @@ def test_matrices_are_saved_and_modules_are_refused(tmp_path, model, points, x, 
             expected = model(x)
         with patched(points, loaded):
             assert torch.equal(model(x), expected)
-    with pytest.raises(InterventionError, match="its basis is a Autoencoder, which is code"):
+    with pytest.raises(InterventionError, match="its basis is of type Autoencoder, which is code"):
         save(tmp_path / "coder.safetensors", zero_ablate(points.site("1").along("channel", Autoencoder())))
 
 

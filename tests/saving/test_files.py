@@ -376,7 +376,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Add(torch.zeros(1, 4, dtype=torch.complex128)))),
         "Patch 1, Patch(Site('fc'), Add), cannot be saved: its vector has dtype torch.complex128, which "
-        "safetensors cannot store.",
+        "safetensors cannot store. Convert the tensor first.",
     ),
     "a sparse operand": (
         InterventionError,
@@ -387,7 +387,8 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "an operand without numbers": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Set(torch.empty(1, 4, device="meta")))),
-        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is on the meta device, so it has no values.",
+        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is a tensor on the meta device, which "
+        "stores no data. Pass a tensor with data.",
     ),
     "no patches": (
         InterventionError,
@@ -599,7 +600,7 @@ def test_a_file_that_was_cut_short_is_one_error_wherever_it_was_cut(file: Path) 
     whole = file.read_bytes()
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
-        assert " is damaged, or is not a file from chanpatch.save(): SafetensorError: " in refused(
+        assert " is damaged, or was not written by chanpatch.save(): SafetensorError: " in refused(
             InterventionError, lambda: load(file)
         )
 
@@ -617,7 +618,7 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
     assert refused(FileNotFoundError, lambda: load(file)) == f"[Errno 2] No such file or directory: '{file}'"
 
 
-NOT_OURS = "is damaged, or is not a file from chanpatch.save(): "
+NOT_OURS = "is damaged, or was not written by chanpatch.save(): "
 DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the patches again."
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
@@ -633,7 +634,8 @@ METADATA: dict[str, tuple[Any, str]] = {
     "a format before checksums, with one": (record() | {"format": 1, "sha256": "0" * 64}, DAMAGED),
     "a name of another function": (
         record(edit="os.system", operands={"command": "mkdir ran"}),
-        "has the edit 'os.system', but this version only supports Set, Add, Scale, Clamp, Project, Resample.",
+        "contains a patch with the edit 'os.system', but this version of chanpatch supports only Set, Add, Scale, "
+        "Clamp, Project, Resample.",
     ),
     "no json": (
         "{",
@@ -1016,7 +1018,7 @@ def test_a_forward_that_does_not_repeat_gets_no_receipt_and_the_older_file_stays
     save(file, patch)
     before = file.read_bytes()
     assert refused(InterventionError, lambda: save(file, patch, points, inputs=vectors)) == (
-        "The patches were not saved: two forward passes gave different outputs, so a receipt could not be verified. "
+        "The patches were not saved: two forward passes gave different outputs, so the receipt could not be verified. "
         "Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or save without "
         "inputs."
     )

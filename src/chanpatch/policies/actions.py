@@ -39,7 +39,7 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def repetitions(seeds: Sequence[int]) -> list[int]:
-    """Return one number per seed in the list: how many times the seed occurs earlier in the list."""
+    """Return, for each seed in the list, how many times the same seed occurs earlier in the list."""
     times: Counter[int] = Counter()
     found = []
     for seed in seeds:
@@ -62,12 +62,13 @@ def chosen_actions(
     distribution, transforms = _untransformed(choice)
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
-            f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
-            "rows. A policy must return one distribution per row: logits of shape (row, action), not (action,)."
+            f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for a batch "
+            f"of size {rows}. A policy must return one distribution per observation in the batch: logits with shape "
+            "(batch, action), not (action,)."
         )
     if (distribution.loc if isinstance(distribution, Normal) else distribution.probs).isnan().any():
         raise DistributionError(
-            f"The policy's {type(distribution).__name__} contains NaN, so no action can be sampled. Use "
+            f"The policy's {type(distribution).__name__} contains NaN, so no action can be chosen. Use "
             "recording(...) to find the first activation with NaN."
         )
     if streams is None:
@@ -102,10 +103,10 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
     if not is_known or any(transform.domain.event_dim for transform in transforms):
         after = ", ".join(type(transform).__name__ for transform in transforms)
         raise DistributionError(
-            f"A rollout cannot sample actions from {type(distribution).__name__}{after and f' after {after}'}: paired "
-            "sampling requires the inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or "
-            "inside Independent, and for a Normal after elementwise transforms such as tanh. Pass a function that "
-            "calls the policy and returns one of these distributions."
+            f"A rollout cannot sample actions from {type(distribution).__name__}{after and f' with {after}'}, because "
+            "it samples by inverse CDF. The supported distributions are Categorical, Bernoulli and Normal (also inside "
+            "Independent), and Normal with elementwise transforms such as tanh. Pass a function that calls the policy "
+            "and returns one of these distributions."
         )
     return distribution, transforms  # type: ignore[return-value]
 
@@ -128,7 +129,7 @@ def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) ->
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)
     if space.shape is None or actions.shape != (rows, *space.shape):
         raise RolloutError(
-            f"The policy produces actions of shape {actions.shape} for {rows} rows, but {space} "
+            f"The policy's actions have shape {actions.shape} for a batch of size {rows}, but {space} "
             f"{'has no single array shape' if space.shape is None else f'expects shape {(rows, *space.shape)}'}."
         )
     return actions
@@ -142,7 +143,8 @@ def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
     is_integer = actions.dtype.kind in "iub" and (found == actions).all()
     if not (np.isfinite(actions).all() if is_box else is_integer and all(map(space.contains, found))):
         raise RolloutError(
-            f"The policy returned actions {actions.tolist()} ({actions.dtype}), but the environment expects {space}."
+            f"The policy returned actions {actions.tolist()} ({actions.dtype}), but the environment expects {space}. "
+            "Pass a function that calls the policy and returns actions in this space."
         )
     return found
 

@@ -52,7 +52,7 @@ def checked_envs(envs: Any) -> VectorEnv[Any, Any, Any]:
     return vector
 
 
-def _check_numbers(space: Any, name: str = "observations") -> None:
+def _check_numbers(space: Any, name: str = "observation_space") -> None:
     """Raise an error if observations from a space are not numeric arrays. Check every part of a Dict or Tuple space."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
@@ -60,9 +60,9 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
             _check_numbers(part, f"{name}[{key!r}]")
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
-            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part of the "
-            "observation with gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
-            "numbers in a wrapper."
+            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Encode the values as "
+            "numbers in a wrapper, or keep only the numeric parts of the observation with "
+            "gymnasium.wrappers.FilterObservation(environment, names_to_keep)."
         )
 
 
@@ -77,7 +77,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
     Raises:
         RolloutError: If the policy is not callable; if the policy requires masks or other arguments that the rollout
-            does not pass; or if the policy expects observations of a different shape.
+            does not pass; or if the policy expects observations of a different shape than the environments return.
     """
     if not callable(policy):
         raise RolloutError(
@@ -103,8 +103,8 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         signature.bind(*[None] * (1 if not stateful else 3 if is_sb3 else 2))
     except TypeError:
         raise RolloutError(
-            f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
-            f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
+            f"{name} expects the arguments ({', '.join(signature.parameters)}), but a rollout passes "
+            f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, pass initial_state. "
             "If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
             "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
@@ -134,7 +134,7 @@ def _check_observations(policy: Any, envs: Any) -> None:
             built, given = (each.get("", each) for each in (built, given))
             raise RolloutError(
                 f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
-                f"{given}. Wrap the environments as in training, for example to stack frames."
+                f"observations of shape {given}. Wrap the environments as in training, for example to stack frames."
             )
 
 
@@ -152,7 +152,7 @@ def check_modes(policies: Mapping[str, Any]) -> None:
         for twin in modules.modules():
             if STATE in vars(twin):
                 original = nn.ModuleList([vars(twin)[STATE].original])
-                _check_same_modes("the original policy", original, "its twin", nn.ModuleList([twin]))
+                _check_same_modes("the original policy", original, "its PatchedPolicy", nn.ModuleList([twin]))
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
@@ -174,9 +174,9 @@ def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: n
             if flags[0] != flags[1]:
                 modes = ["in training mode" if flag else "in eval mode" for flag in flags]
                 raise RolloutError(
-                    f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} "
-                    f"in {other_label}. The comparison would measure this difference in mode. Put both in the same "
-                    "mode with eval() or train()."
+                    f"In {label}, {_module(name, ours)} is {modes[0]}, but in {other_label}, "
+                    f"{_module(other_name, theirs)} is {modes[1]}. The comparison would measure this difference in "
+                    "mode. Put the two modules in the same mode with eval() or train()."
                 )
 
 
@@ -202,10 +202,10 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             own = {id(each) for each in parts_of_environments(envs) if isinstance(each, kinds)}
             if any(id(each) in own for each in used):
                 raise RolloutError(
-                    f"A function in {patch!r} uses the environments and context.rows. context.rows contains the "
-                    "numbers of episodes, which are not indices of sub-environments. Use context.environments instead, "
-                    "which contains the index of each row's sub-environment. If the function needs anything else from "
-                    "the environments, such as their spaces, read it before the rollout, outside the function."
+                    f"A function in {patch!r} uses the environments and context.rows, which contains the numbers of "
+                    "episodes, not indices of sub-environments. Use context.environments instead, which contains the "
+                    "index of each episode's sub-environment. If the function needs anything else from the "
+                    "environments, such as their spaces, read it before the rollout, outside the function."
                 )
 
 
@@ -215,9 +215,9 @@ def refuse_replaced(policy: Any, masks: Any, envs: Any) -> None:
         used = used_by(policy, masks, *functions_of(patches_inside(policy)))
         if any(each is envs.given for each in used):
             raise RolloutError(
-                f"{type(envs.given).__name__} accepts only one seed for all rows, so the rollout plays in one copy per "
-                "row. The policy, a patch or the masks use the original, in which no episode is played. Pass "
-                'gymnasium.make_vec(..., vectorization_mode="sync") instead.'
+                f"{type(envs.given).__name__} accepts only one seed for all sub-environments, so the rollout plays in "
+                "copies of it. The policy, a patch or the masks function uses the original environment, in which no "
+                'episode is played. Pass gymnasium.make_vec(..., vectorization_mode="sync") instead.'
             )
 
 
@@ -245,15 +245,15 @@ def check_rows(
         draws = states != again.random_states()
         if draws and (isinstance(decision.choice, Tensor) or not _close(decision, first)):
             raise RolloutError(
-                "The policy draws random numbers in its forward pass. In a sweep, each label would get different "
-                "numbers, so even a patch that changes nothing would appear to have an effect. Use paired_rollouts "
-                "with one PatchedPolicy per label instead."
+                "The policy draws random numbers in its forward pass. In a sweep, the numbers would differ between the "
+                "labels of the patches, so even a patch that changes nothing would appear to have an effect. Use "
+                "paired_rollouts with one PatchedPolicy per label instead."
             )
         if not _close(decision, first) or (after and not _close(after, alone())):
             raise RolloutError(
-                "The policy's output for a row depends on the other rows in the batch, for example through batch "
-                "statistics, so the labels would affect each other. Use paired_rollouts with one PatchedPolicy per "
-                "label instead."
+                "The policy's output for one observation depends on the other observations in the batch, for example "
+                "through batch statistics, so patches with different labels would affect each other. Use "
+                "paired_rollouts with one PatchedPolicy per label instead."
             )
 
 
@@ -304,8 +304,8 @@ def check_repeats(
     if not draws and not _close(decision, repeated):
         raise RolloutError(
             "The policy's first output changes when the same forward pass is repeated, so even a comparison of the "
-            "policy with itself would show a difference. The policy draws from a generator that it creates on each "
-            "call, or it keeps state that a rollout cannot restore. Store the generator or the state in an attribute."
+            "policy with itself would show a difference. The policy creates a random generator on each call, "
+            "or keeps state that a rollout cannot restore. Store the generator or state in an attribute of the policy."
         )
 
 
@@ -335,7 +335,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 class SharedState:
-    """Check that policies or labels do not affect each other through shared containers or iterators.
+    """Check that policies, or patches with different labels, do not affect each other through containers or iterators.
 
     A rollout does not restore containers that functions share, because a function may use a container as a log.
 
@@ -359,7 +359,7 @@ class SharedState:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
         `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
-        is text for the error message that says whose episodes these are, such as "of the sweep".
+        is text that the error message adds after "the episodes", such as "of the sweep".
         """
         self._snapshot.note()
         rollouts = run()
@@ -374,8 +374,8 @@ class SharedState:
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
                 f"Replaying the episodes {subject} gives different results, because {', '.join(users[:4])} share a "
-                f"{kind} that changes during the episodes. Use a separate function and {kind} for each of them. "
-                "Alternatively, store the state in attributes of an object: a rollout restores such attributes."
+                f"{kind} that changes during the episodes. Create a separate function with its own {kind} for each "
+                "of them. Alternatively, store the state in attributes of an object, which a rollout restores."
             )
         return rollouts
 
@@ -385,7 +385,7 @@ def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:
     if not _equal(rollouts[one], rollouts[other]):
         raise RolloutError(
             f"{one!r} and {other!r} are the same policy, but their episodes differ. The policy draws from a generator "
-            "or keeps state that a rollout cannot restore. Store the generator or the state in an attribute."
+            "or keeps state that a rollout cannot restore. Store the generator or state in an attribute of the policy."
         )
 
 

@@ -28,8 +28,8 @@ STATE = "_chanpatch"  # the attribute of a twin that stores its patches
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     """Copy the module tree `plain` without chanpatch's hooks. The copy shares its parameters and buffers with `plain`.
 
-    `plain` is the policy itself. If the policy is a twin, `plain` is instead a module with the same submodules and
-    weights as the twin, but without patches.
+    For a policy that is not a twin, `plain` is the policy itself. For a twin, `plain` is a module with the same
+    submodules and weights as the twin, but without patches.
     """
     stored = [*_reachable([policy], _stored_in)]
     _refuse_references_to(policy, stored)
@@ -37,14 +37,14 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
         twin = copy.deepcopy(plain, _memo(policy, stored))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(plain).__name__} cannot be copied, so it cannot have a twin ({type(error).__name__}: {error}). "
-            "Remove objects that cannot be copied (environments, files, locks) from the module, or use patched()."
+            f"PatchedPolicy cannot copy {type(plain).__name__} ({type(error).__name__}: {error}). Remove objects that "
+            "cannot be copied (environments, files, locks) from the module, or use patched() instead."
         ) from error
     drop_hooks(twin)
     if any(own is not weight for own, weight in zip(twin.parameters(), plain.parameters(), strict=True)):
         raise UnsupportedModelError(
             f"A module in {type(plain).__name__} copies its own parameters (as TorchRL's TensorDictParams does), so a "
-            "twin would not share the weights. Use patched()."
+            "PatchedPolicy would not share the policy's weights. Use patched() instead."
         )
     return twin
 
@@ -60,9 +60,9 @@ def refuse_writing_modes(policy: nn.Module) -> None:
         if own and next(module.parameters(), None) is not None and _writes_weights(module):
             raise UnsupportedModelError(
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
-                f"{' and '.join(f'{each}()' for each in own)}. A twin shares the policy's parameters but not its "
-                "flags, so either the policy or the twin would run with the wrong parameters. Make the change "
-                "permanent before creating a twin, or use patched()."
+                f"{' and '.join(f'{each}()' for each in own)}. A PatchedPolicy shares the policy's parameters but has "
+                "its own training flags, so one of the two would run with the wrong parameters. Make the change "
+                "permanent before you create the PatchedPolicy, or use patched()."
             )
 
 
@@ -103,8 +103,8 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
     `stored` contains all objects stored on the policy. In a copy, such a function would run the original's modules, or
-    fill a container that only the original reads. A patch of the copy might then have no effect, without UnreachedError
-    if another call reaches the patch.
+    fill a container that only the original reads. A patch in the copy might then have no effect, and if another call
+    reaches the patch, no UnreachedError would be raised.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
@@ -113,14 +113,14 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
         if refers and any(id(each) in own for each in _reachable([item], _referenced_by)):
             name = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
-                f"{type(policy).__name__} stores {name} (in an attribute or as a hook) that refers to the policy "
-                "itself or to a container in the policy. In a twin, that reference would still point to the unpatched "
-                "original. Use a method instead, or use patched()."
+                f"{type(policy).__name__} stores {name} (in an attribute or as a hook), which refers to the policy "
+                "itself or to a container in the policy. In a PatchedPolicy, that reference would still point to the "
+                "unpatched original. Use a method instead of the reference, or use patched()."
             )
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the modules that a policy uses, including the policy if the policy is a module, without submodules."""
+    """Return the modules that a policy uses, including the policy itself if it is a module. Omit their submodules."""
     return [item for item in used_by(policy) if isinstance(item, nn.Module)]
 
 

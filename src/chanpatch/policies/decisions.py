@@ -27,7 +27,7 @@ class Decision(NamedTuple):
     """A policy's decision for a batch of observations.
 
     Attributes:
-        choice: The distribution over actions; or the actions, if the policy returned actions.
+        choice: Distribution over actions; or the actions themselves, if the policy returned actions.
         to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does;
             None if the actions are used unchanged.
         values: Values of all actions, with shape `(row, action)`, or None if the policy did not return values.
@@ -90,8 +90,8 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
         if 'missing the required "forward"' not in str(error):
             raise
         raise DistributionError(
-            f"{type(policy).__name__} has no forward(). Pass rollout() or action_distribution() a function that "
-            "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). For "
+            f"{type(policy).__name__} has no forward(). To rollout() or action_distribution(), pass a function that "
+            "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). To "
             "rollout_sweep(), pass a module whose forward() returns the logits or distribution."
         ) from error
 
@@ -136,8 +136,8 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
-                "applies to tensors. Omit outputs. With several policies, pass outputs as a dict that leaves out this "
-                "policy."
+                "applies to tensors. Omit outputs. With several policies, pass outputs as a dict without this policy's "
+                "name."
             )
         return Decision(found, box_mapping(output))
     tensor = tensor_in(output, 1 if outputs == "actions" else 2)
@@ -198,7 +198,7 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
         )
     if not masks.any(axis=-1).all():
         raise RolloutError(
-            "masks returned False for all actions in at least one environment. Return True for allowed actions."
+            "masks returned False for all actions in at least one environment. Return True for the allowed actions."
         )
     scores = scores.masked_fill(~torch.from_numpy(masks).to(scores.device), -torch.inf)
     return Decision(Categorical(logits=scores) if values is None else _greedy(scores), values=values)
@@ -214,8 +214,8 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
     found = _by_part(np.array(masks(envs, infos)), envs.single_action_space)
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
-            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row per "
-            "environment."
+            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return an array "
+            "with one row per environment."
         )
     others = found[~np.isin(found, (0, 1))]
     if others.size:

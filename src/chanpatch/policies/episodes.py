@@ -1,4 +1,4 @@
-"""Play episodes in parallel in a vector environment, one batch (wave) at a time."""
+"""Play episodes in parallel in a vector environment, one batch of episodes (a wave) at a time."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def play(
 
     Before each forward pass, `around` receives the repetition number of each row, as int64 with shape `(row,)`. The
     forward pass runs inside the context manager that `around` returns. `label` is the policy's name in paired rollouts,
-    and None in other rollouts. If `options.part` is given, only that part is played, and the result is
-    one rollout of its plays.
+    and None in other rollouts. If `options.part` is a range of plays, play only this range, and return a list with one
+    rollout that contains these plays.
     """
     check_outputs(options.outputs)
     refuse_replaced(policy, options.masks, envs)
@@ -146,7 +146,7 @@ class _Player:
         self._keep_state(wave[self._running], np.ones(len(self._running), np.bool_))
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. If there are more environments than episodes, repeat seeds."""
+        """Reset the environments for a new wave. If a wave has fewer episodes than environments, repeat seeds."""
         self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
@@ -169,7 +169,7 @@ class _Player:
                 self._allowed[over] = allowed_actions(self._options.masks, self._envs, infos)[over]
 
     def _seen(self) -> NDArray[np.uint64]:
-        """Return one checksum of the current observation, and of the mask if there are masks, per sub-environment."""
+        """Return one checksum per sub-environment: of the current observation and, if masks are used, of the mask."""
         both = self._observations if self._allowed is None else (self._observations, self._allowed)
         return checksums(both, self._envs.num_envs)
 
@@ -288,14 +288,14 @@ class _Player:
         found = _CHANNELS_REJECTED.search(text)
         if found and found[1] == found[2]:
             return (
-                f"on channels-last images ({text}). The convolution expects (batch, channel, height, width): pass "
-                "lambda observations: policy(observations.permute(0, 3, 1, 2))."
+                f"on channels-last images ({text}). The convolution expects shape (batch, channel, height, width). "
+                "Pass lambda observations: policy(observations.permute(0, 3, 1, 2))."
             )
         if rows < before and {str(rows), str(before)} <= {*re.findall(r"\d+", text)}:
             return (
                 f"when the number of running episodes fell from {before} to {rows} ({text}). If the policy stores a "
-                "recurrent state with one row per environment, return that state from the policy and set "
-                "initial_state=, or use a single environment."
+                "recurrent state with one row per environment, return that state from the policy and pass "
+                "initial_state, or use a single environment."
             )
         return ""
 
@@ -327,14 +327,14 @@ def state_batch_axes(initial_state: Callable[[int], Any]) -> BatchAxes:
     """
     if not callable(initial_state):
         raise RolloutError(
-            "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "
-            f"torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
+            "initial_state must be a function that receives the number of rows in the batch and returns the initial "
+            f"state, such as lambda rows: torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
         )
     two, three = (dict(leaves(initial_state(rows))) for rows in (2, 3))
     if not two or two.keys() != three.keys():
         raise RolloutError(
-            f"initial_state(2) contains {len(two)} tensors and initial_state(3) contains {len(three)}. A state must "
-            "contain at least one tensor, and tensors in the same places for any number of rows."
+            "initial_state must return at least one tensor, and the same structure for any number of rows in the "
+            f"batch. Number of tensors in initial_state(2): {len(two)}; in initial_state(3): {len(three)}."
         )
     axes = {}
     for path in two:
@@ -344,7 +344,7 @@ def state_batch_axes(initial_state: Callable[[int], Any]) -> BatchAxes:
             raise RolloutError(
                 f"state{path_text(path)} has shape {tuple(two[path].shape)} in initial_state(2) and "
                 f"{tuple(three[path].shape)} in initial_state(3). Each tensor must have exactly one batch axis, "
-                "whose length is the number of rows."
+                "whose length is the number of rows in the batch."
             )
         axes[path] = next(iter(grown))
     return axes

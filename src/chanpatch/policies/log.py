@@ -35,9 +35,9 @@ class Options(NamedTuple):
 
 
 class Log:
-    """The results and random generators of all plays, sorted by repetition and then by episode.
+    """The results and random generators of all plays.
 
-    A play is one repetition of an episode. Plays are numbered in this order.
+    A play is one repetition of an episode. Plays are numbered by repetition and then by episode.
     """
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
@@ -61,9 +61,9 @@ class Log:
         self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
         self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: plays, their actions
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: plays, their checksums
-        self.gained: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # per step: plays, their rewards
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: numbers of plays, actions
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: numbers of plays, checksums
+        self.gained: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # per step: numbers of plays, rewards
         names = [options.keep] if isinstance(options.keep, str) else options.keep
         self._kept: dict[str, list[list[Any]]] = {name: [[] for _ in range(self.plays)] for name in names}
         self._infos = self._kept.keys() - {_OBSERVATIONS, _STATE}
@@ -86,7 +86,7 @@ class Log:
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def keep_observations(self, plays: NDArray[np.int64], observations: Any) -> None:
-        """If `keep` contains "observations", store one observation for each play. The plays are given by number."""
+        """If `keep` contains "observations", store one observation for each of the plays with the given numbers."""
         if _OBSERVATIONS in self._kept:
             for row, play in enumerate(plays):
                 self._kept[_OBSERVATIONS][play].append(rows_of_observations(observations, row))
@@ -96,7 +96,7 @@ class Log:
     ) -> None:
         """Store the infos named in `keep` for the plays with the given numbers.
 
-        `rows` contains the sub-environment of each play. `over` is True for sub-environments that ended an episode.
+        `rows` contains the sub-environment of each play. `over` is True for sub-environments whose episode just ended.
         """
         final = infos.get("final_info", infos)  # after a reset in the same step, infos describe the next episode
         if self._infos:
@@ -113,7 +113,7 @@ class Log:
             self._kept[_STATE][play] = state
 
     def played(self) -> Rollout:
-        """Merge the episodes played in this process into one rollout, whose settings include the names of the infos."""
+        """Return one rollout of this process's plays. Its settings include the names of the environments' infos."""
         self.actions, self.seen, self.rewards = map(_by_play, (self.taken, self.checked, self.gained))
         self.lengths = np.array([*map(len, self.actions)])
         settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
@@ -128,16 +128,16 @@ class Log:
 
 
 def by_repetition(parts: Mapping[range, Rollout], episodes: int, *, complete: bool = True) -> dict[int, Rollout]:
-    """Join ranges of plays, and return one rollout per repetition of the episodes, by the number of the repetition.
+    """Join the rollouts of ranges of plays. Return a dict that maps the number of each repetition to its rollout.
 
-    If `complete`, leave out repetitions with fewer episodes.
+    `episodes` is the number of episodes in a repetition. If `complete`, leave out repetitions with fewer episodes.
     """
     for name in sorted(next(iter(parts.values())).kept.keys() - {_OBSERVATIONS, _STATE}):
         if all(each is None for played in parts.values() for values in played.kept[name] for each in values):
             known = sorted(set[str]().union(*(played.settings[_INFOS] for played in parts.values())))
             raise RolloutError(
-                f"keep contains {name!r}, but the infos contain {', '.join(known) or 'nothing'}. Pass names of infos, "
-                f"'{_OBSERVATIONS}' or '{_STATE}'."
+                f"keep contains {name!r}, but the infos from the environments contain {', '.join(known) or 'nothing'}. "
+                f"Pass names of infos, '{_OBSERVATIONS}' or '{_STATE}'."
             )
     found: dict[int, Rollout] = {}
     for plays, played in parts.items():
@@ -167,7 +167,8 @@ def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[N
 def _stacked(values: list[Any]) -> Any:
     """Stack the values from all steps of an episode, one value per step.
 
-    Numbers, and arrays with equal shapes, become a numeric array. Other values become an array of objects.
+    Numbers, and arrays with equal shapes, become a numeric array. Other values become an array of objects. Values
+    inside dicts and tuples are stacked separately.
     """
     first = values[0]
     if isinstance(first, Mapping) and all(isinstance(each, Mapping) and each.keys() == first.keys() for each in values):

@@ -1,6 +1,7 @@
-"""Play the episodes of a rollout in the workers of an executor. Each part is a range of whole waves.
+"""Play the episodes of a rollout in the workers of an executor.
 
-The waves are the same as without an executor, so the results are equal bit for bit.
+Each worker plays whole waves (batches of episodes). The waves are the same as without an executor, so the results are
+equal bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(envs: Any) -> Iterator[VectorEnv[Any, Any, Any]]:
-    """Yield the checked environments. If `envs` is a function, call it, and close its environments on exit."""
+    """Check the environments, and yield them as a vector environment.
+
+    If `envs` is a function that creates environments, call the function, and close the new environments on exit.
+    """
     made = envs() if _is_factory(envs) else envs
     with closing(made) if made is not envs and hasattr(made, "close") else nullcontext():
         yield checked_envs(made)
@@ -46,18 +50,20 @@ def played_in_workers(
     policy: Any,
     labels: Sequence[Any] = (),
 ) -> tuple[dict[range, Any], ExecutorError | None]:
-    """Run `function(call, plays)` in workers for ranges of plays, and return the results in order of the ranges.
+    """Divide the plays of a rollout into ranges, and run `function(call, plays)` for each range in a worker.
 
-    If there are labels, each label has one play per seed. If parts were lost, also return the error to raise.
+    Each seed has one play or, if there are labels, one play per label. Return a dict that maps each finished range to
+    the range's result, in increasing order, and the error to raise if workers were lost; None if all ranges finished.
+    If no range finished, the function raises that error.
     """
     if not _is_factory(envs):
         raise RolloutError(
-            "With an executor, each worker needs its own environments: pass a function that creates them, such as "
-            f"envs=lambda: gymnasium.make_vec(...); got {type(envs).__name__}."
+            "With executor=, envs must be a function that creates environments, because each worker needs its own "
+            f"environments; got {type(envs).__name__}. Pass, for example, envs=lambda: gymnasium.make_vec(...)."
         )
     with opened(envs) as each:
         width = each.num_envs
-    seeds = Log(seeds, options, 1, None).seeds  # checked
+    seeds = Log(seeds, options, 1, None).seeds  # raises an error if a seed is invalid
     count = max(1, len(labels)) * len(seeds)
     waves = cut(range(0, count, width), executor)
     parts = [range(each[0], min(each[-1] + width, count)) for each in waves]

@@ -115,8 +115,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
             return NotImplemented
         if self._whole or other._whole or [*self] != [*other]:
             raise RolloutError(
-                "Two parts of a comparison can be joined only if they have the same policies in the same order; got "
-                f"{', '.join(map(repr, self))} and {', '.join(map(repr, other))}. Join the parts before you call top()."
+                "Two results can be joined only if they have the same policies in the same order; got "
+                f"[{', '.join(map(repr, self))}] and [{', '.join(map(repr, other))}]. Join them before calling top()."
             )
         return replace(self, **self._joined(other))
 
@@ -149,10 +149,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
         """Return the effects with 95% intervals over episodes. Episodes with the same seed form one cluster.
 
-        The intervals hold jointly for all policies, which allows for the selection of rows by `top`. If the differences
-        are strongly skewed, too many intervals miss the true effect (see the page on statistics): measure selected rows
-        again with new seeds. As in `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked,
-        and intervals from fewer than six seeds are withheld.
+        The intervals hold jointly for all policies, so they remain valid for policies selected by `top`. If differences
+        are strongly skewed, too many intervals miss the true effect (see the page on statistics): measure the selected
+        policies again with new seeds. As in `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are
+        marked, and intervals from fewer than six seeds are withheld.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -219,7 +219,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return [*interval_notes(self.interval().note), *self.remarks]
 
     def _joined(self, other: Self) -> dict[str, Any]:
-        """Join two results, and return a dict that maps the names of the joined result's fields to their values."""
+        """Join this result with `other`. Return a dict that maps the names of the joined result's fields to values."""
         remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
         return {"rollouts": _joined(self.rollouts, other.rollouts), "remarks": remarks}
 
@@ -277,13 +277,13 @@ def _check_parts(one: Rollout, other: Rollout) -> None:
     """Raise an error if two rollouts have a seed in common or have different settings."""
     if shared := {*one.seeds} & {*other.seeds}:
         raise RolloutError(
-            f"Both parts contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
-            "are not independent. Put episodes that share a seed into the same part."
+            f"Both results contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
+            "are not independent. Play all episodes that share a seed in one call."
         )
     for name, value in {**one.settings, "keep": [*one.kept]}.items():
         found = {**other.settings, "keep": [*other.kept]}[name]
         if found != value:
-            raise RolloutError(f"The parts cannot be joined because {name} differs: {value} vs. {found}.")
+            raise RolloutError(f"The results cannot be joined because {name} differs: {value} vs. {found}.")
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
@@ -363,7 +363,7 @@ class SweptRollouts(PairedRollouts):
 
     def _joined(self, other: Self) -> dict[str, Any]:
         if [*(self.controls or ())] != [*(other.controls or ())]:
-            raise RolloutError("Two parts of a sweep can be joined only if they have the same controls.")
+            raise RolloutError("Two sweeps can be joined only if they have the same controls in the same order.")
         controls = None if self.controls is None else _joined(self.controls, other.controls)
         return {**super()._joined(other), "controls": controls, "no_p": self.no_p or other.no_p}
 

@@ -66,7 +66,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     episode numbers (`context.rows`) only for the rows of the patch's own label. Use as many sub-environments as rows
     fit in one forward pass.
 
-    For the results to be equal, the policy must treat each row independently, and patches may draw random numbers only
+    For this equality, the policy must treat each row independently, and patches must not draw random numbers except
     through `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has
     a `forward` method.
 
@@ -78,8 +78,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             controls. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, executor, progress: Same as
-            in `rollout`. If workers are lost, ExecutorError's `partial` contains the labels whose episodes have all
-            finished, or is None if the unpatched policy is not among them.
+            in `rollout`. If workers are lost, ExecutorError's `partial` contains the rollouts of the labels whose
+            episodes have all finished. `partial` is None if episodes of the unpatched policy are missing.
 
     Returns:
         Mapping from labels to rollouts. The first label is `"original"`, for the unpatched policy. `comparisons()`
@@ -136,7 +136,10 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
 
 def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None = None) -> list[Rollout]:
-    """Play all episodes under each label or, in a worker, one part of these plays."""
+    """Play all episodes under each label, and return one rollout per label. In a worker, play only `part`.
+
+    `part` is a range of plays; the plays are numbered by label and then by episode.
+    """
     policy, both, envs, seeds, options, check_nan = call
     if options.initial_state is None:
         options = options._replace(initial_state=lstm_state(model_of(policy)))
@@ -163,15 +166,15 @@ def _check_independent(model: nn.Module) -> None:
         together = training_modules(model)
     if together:
         raise RolloutError(
-            f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
-            "policy, or use paired_rollouts with one PatchedPolicy per label."
+            f"{', '.join(together)} in training mode would let patches with different labels affect each other. Call "
+            "eval() on the policy, or use paired_rollouts with one PatchedPolicy per label."
         )
     stations = [station for module in model.modules() if (station := Station.of(module))]
     if any(listener.session.confined for station in stations for listener in station.listeners):
         raise RolloutError(
             "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not "
             "affect. Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, "
-            "patches)."
+            "patches) as the policy."
         )
 
 
@@ -212,10 +215,10 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """Return a context for one forward pass, in which each row gets the intervention with the number given for it.
+        """Return a context for one forward pass, in which each row gets its own intervention.
 
-        `interventions` contains one number per row. With `is_reversed`, the interventions are applied in reverse order.
-        At the end of the context, an error is raised if a patch introduced NaN.
+        `interventions` contains the number of each row's intervention. With `is_reversed`, interventions are applied in
+        reverse order. At the end of the context, an error is raised if a patch introduced NaN.
         """
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
@@ -249,14 +252,15 @@ class _Interventions:
                     new[number] = firing(new[number], moment)
         if states and states != self._random_states():
             raise RolloutError(
-                f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, each label would get "
-                "different numbers, so equal patches would have different effects. Use context.uniform(shape), which "
-                "depends only on the episode and the step."
+                f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, the numbers would "
+                "differ between labels, so equal patches would have different effects. Use context.uniform(shape), "
+                "whose numbers depend only on the episode and the step."
             )
         if self._modules.changed() or self._modules.rewritten():
             raise RolloutError(
-                f"A module that several labels use as an edit at '{point.name}' changes its own buffers or attributes, "
-                "so the labels would affect each other. Use a separate module for each label."
+                f"Patches with different labels use the same module as an edit at '{point.name}'. The module changes "
+                "its own buffers or attributes, so the patches would affect each other. Use a separate module for each "
+                "label."
             )
         same = all(map(operator.is_, new.values(), parts))
         return activation if same else point.seen(torch.cat([*new.values()], axis))
@@ -281,6 +285,6 @@ class _Interventions:
 def _point_with_rows(site: Site) -> HookPoint:
     if site.point is None or site.point.tensor_batch_axis is None:
         raise BatchAxisError(
-            f"rollout_sweep cannot limit the patch at {site!r} to the rows of its label. {no_batch(site)}"
+            f"rollout_sweep cannot limit the patch at {site!r} to the patch's own rows of the batch. {no_batch(site)}"
         )
     return site.point

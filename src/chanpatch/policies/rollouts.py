@@ -65,9 +65,9 @@ def rollout(
             moved to the module's device and, if they are floating point, cast to the module's dtype.
         envs: Environment from gymnasium; vector environment from gymnasium, in any autoreset mode; VecEnv from
             Stable-Baselines3; or procgen environment, in which each seed is a level. Some vector environments, such as
-            the default from `make_vec` for CartPole, accept only one seed for all rows. Such an environment is replaced
-            by one copy per row. See also `from_gym3` and `from_pettingzoo`. Also a function without arguments that
-            creates the environments, which the rollout then closes.
+            the default from `make_vec` for CartPole, accept one seed for all sub-environments. Such environments are
+            replaced by one copy per sub-environment. See also `from_gym3` and `from_pettingzoo`. `envs` may also be
+            a function without arguments that creates environments; the rollout closes these environments at the end.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
@@ -86,8 +86,8 @@ def rollout(
         keep: Names of data to keep in `Rollout.kept`: `"observations"`, `"final_state"` (only for a recurrent policy),
             and names of infos.
         executor: Executor whose workers share the episodes, such as a `ProcessPoolExecutor` that spawns its workers or
-            dask's `client.get_executor()`. Then `envs` must be a function that creates environments. Each worker plays
-            `num_envs` episodes at a time, and the results are the same as without an executor.
+            dask's `client.get_executor()`. With an executor, `envs` must be a function that creates environments. Each
+            worker plays `num_envs` episodes at a time, and the results are the same as without an executor.
         progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
@@ -96,8 +96,8 @@ def rollout(
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
         RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid. Also if a
             module such as dropout is in training mode in a twin but not in the original policy, or vice versa.
-        ExecutorError: If a function cannot be sent to workers, or if workers are lost. In the second case, `partial`
-            contains the finished episodes, and the same call with a new executor plays only the others.
+        ExecutorError: If a function cannot be sent to workers, or if workers are lost. If workers are lost, `partial`
+            contains the finished episodes, and the same call with a new executor plays only the lost episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -125,7 +125,7 @@ def rollout(
 
 
 def _played(call: tuple[Any, Any, Any, Options], part: range | None = None) -> Rollout:
-    """Play all episodes of one policy or, in a worker, one part of the episodes."""
+    """Play all episodes with one policy. In a worker, play only `part`, a range of the episodes."""
     policy, envs, seeds, options = call
     check_modes({"": policy})
     with opened(envs) as vector:
@@ -180,14 +180,15 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         raise RolloutError("policies is empty: pass at least one policy.")
     if not isinstance(policies, Mapping):
         raise TypeError(
-            'policies must map names to policies, as in {"original": policy, "patched": twin}; '
+            'policies must be a dict that maps names to policies, as in {"original": policy, "patched": twin}; '
             f"got {type(policies).__name__}."
         )
     policies = {name: policy_of(policy) for name, policy in policies.items()}
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
         raise RolloutError(
-            f"outputs has the key {min(stray)!r}, but the policies are named {', '.join(map(repr, policies))}."
+            f"outputs has the key {min(stray)!r}, which is not the name of a policy. The names are "
+            f"{', '.join(map(repr, policies))}."
         )
     options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
@@ -212,7 +213,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
 
 
 def _played_by_each(call: tuple[Any, Any, Any, Options, Any], part: range | None = None) -> dict[str, Rollout]:
-    """Play all episodes with each policy or, in a worker, one part of the episodes."""
+    """Play all episodes with each policy. In a worker, play only `part`, a range of the episodes."""
     policies, envs, seeds, options, outputs = call
     check_modes(policies)
     patches = {name: patches_inside(policy) for name, policy in policies.items()}

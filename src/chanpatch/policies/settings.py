@@ -62,7 +62,10 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs between the twin and the policy. Do nothing before the first call."""
+        """Raise an error if a setting differs between the twin and the policy.
+
+        Do nothing before the first call that runs modules.
+        """
         if any(self._known_calls.values()) and not self._is_equal():
             self._compare()
 
@@ -89,9 +92,9 @@ class Settings:
                 if (name, attribute) not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
                         f"'{'.'.join(filter(None, (name, attribute)))}' is {_shown(given)} in the policy but "
-                        f"{_shown(own)} in its twin. A twin shares the policy's weights but not its settings, so set "
+                        f"{_shown(own)} in its PatchedPolicy. The two share weights but not other attributes, so set "
                         "the attribute to the same value in both. If the weights changed too, for example because an "
-                        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
+                        "adapter was merged, create a new PatchedPolicy(policy, patches) instead."
                     )
         self._plan()
 

@@ -50,7 +50,7 @@ def to_tensors(policy: Any, observations: Any) -> Any:
 
 
 def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
-    """For a policy from sb3-contrib's RecurrentPPO, return a function `rows -> zero LSTM states`; otherwise None."""
+    """Return a function from the number of rows to zero LSTM states; None if the policy is not from RecurrentPPO."""
     shape = getattr(owner_of(policy), "lstm_hidden_state_shape", None) if is_sb3_policy(owner_of(policy)) else None
     if shape is None:
         return None
@@ -61,8 +61,8 @@ def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
 def with_state(policy: Any, observations: Any, state: Any, starts: Tensor) -> Any:
     """Call a recurrent policy on observations and a recurrent state, and return the policy's output.
 
-    `starts` is passed only to policies from sb3-contrib, which reset the state in rows with a 1. `starts` must contain
-    zeros, because the state of a new episode is already the initial state.
+    `starts` is passed only to policies from sb3-contrib, which reset the state in rows in which `starts` is 1.
+    `starts` must contain only zeros, because the state of a new episode is already the initial state.
     """
     if not is_sb3_policy(owner_of(policy)):
         return policy(observations, state)

@@ -151,7 +151,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and l
 
 
 def _is_fx_tracing() -> bool:
-    """Return what torch's accessor of that name returns, without its warning."""
+    """Return whether torch.fx is tracing, without the warning from torch's own function with this name."""
     of_thread = getattr(_symbolic_trace, "_get_is_fx_tracing", None)  # torch 2.14 and later
     return of_thread() if of_thread else _symbolic_trace._is_fx_tracing_flag
 
@@ -170,7 +170,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """The session that applies a twin's patches. The session stays attached to the twin and refers to the original."""
+    """The session that applies a twin's patches. It stays attached to the twin and refers to the original policy."""
 
     confined = False
 
@@ -222,8 +222,8 @@ class _TwinState(Patching):
         self.forget()
         if _is_fx_tracing() or _is_exporting():
             raise UnsupportedModelError(
-                "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
-                "patched(policy, patches): torch.export then keeps the patches."
+                "torch.export and torch.fx would drop or freeze the patches of a PatchedPolicy. Instead, export the "
+                "policy inside patched(policy, patches): torch.export then keeps the patches."
             )
         # Comparing dicts is much faster than looping over items. The comparison checks identity first, and only
         # one-element tensors can be equal without being identical.
@@ -235,10 +235,10 @@ class _TwinState(Patching):
             shared &= held.get(key) is expected.get(key)
         if not shared:
             raise UnsupportedModelError(
-                f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
-                "no longer share all weights. Create a new twin with PatchedPolicy(policy, patches) or, for "
-                "torch.func.functional_call, use the policy inside patched(). If the policy's own code replaced the "
-                "tensor, update the tensor with copy_() instead, or store the tensor in a plain attribute."
+                f"'{self._replaced()}' was replaced in the policy or its PatchedPolicy, so the two no longer share all "
+                "weights. Create a new PatchedPolicy(policy, patches) or, for torch.func.functional_call, use the "
+                "policy inside patched(). If the policy's own code replaces the tensor, change that code to update the "
+                "tensor with copy_(), or to store the tensor in a plain attribute."
             )
         self.settings.begin(_kind(call))
 
@@ -261,7 +261,7 @@ class _TwinState(Patching):
             return
         inside = None if call.station is None else self._inside.get(call.station.module_id, ())
         if runs_modules and (names := self.unreached(inside)):
-            advice = f" If a patch does not have to run there, set allow_unreached={names!r}."
+            advice = f" If a patch does not have to run in every call, pass allow_unreached={names!r} to PatchedPolicy."
             compiled = call.method == "__call__"  # methods are checked only if they are known to run modules
             check_reached(
                 f"The patch{{es}} at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice
@@ -273,7 +273,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Map each module of the twin that is patched, or contains a patched module, to the indices of these patches."""
+    """Map each module of the twin that is patched, or contains patched modules, to the indices of its patches."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}
@@ -290,7 +290,9 @@ def _state(twin: Any) -> _TwinState:
     return state
 
 
-_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # dropped after its last twin
+_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = (
+    WeakValueDictionary()
+)  # each class is dropped after its last twin
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:

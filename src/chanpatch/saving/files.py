@@ -126,7 +126,7 @@ def save(
     with _partial(path, encoded(chosen, receipt)) as partial:
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
             raise InterventionError(
-                "The patches were not saved: two forward passes gave different outputs, so a receipt could not be "
+                "The patches were not saved: two forward passes gave different outputs, so the receipt could not be "
                 "verified. Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or "
                 "save without inputs."
             )
@@ -206,7 +206,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
     """Return the contents of a file: patches (with operands on the CPU), the patches' hook points, and the receipt.
 
     Raises:
-        InterventionError: Same as for `load` without hook points.
+        InterventionError: For the same reasons as in `load` without hook points.
 
     Example:
         >>> import tempfile

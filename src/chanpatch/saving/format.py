@@ -117,7 +117,7 @@ def decoded(
         raise InterventionError(f"'{file}' {printable(str(fault))}") from None
     except Exception as fault:  # a damaged file can raise any error
         raise InterventionError(
-            f"'{file}' is damaged, or is not a file from chanpatch.save(): {type(fault).__name__}: "
+            f"'{file}' is damaged, or was not written by chanpatch.save(): {type(fault).__name__}: "
             f"{printable(str(fault))}"
         ) from fault
 
@@ -207,7 +207,9 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
     kind, indices = record["edit"], record["site"]["indices"]
     if kind not in _EDITS:
-        raise InterventionError(f"has the edit {kind!r}, but this version only supports {', '.join(_EDITS)}.")
+        raise InterventionError(
+            f"contains a patch with the edit {kind!r}, but this version of chanpatch supports only {', '.join(_EDITS)}."
+        )
     chosen = {axis: slice(*each["slice"]) if isinstance(each, dict) else each for axis, each in indices.items()}
     edit = _EDITS[kind](**{name: operand(given) for name, given in record["operands"].items()})
     site = Site(record["site"]["name"], **chosen)
@@ -224,8 +226,8 @@ def _basis(along: Along | None, tensors: dict[int, tuple[str, Tensor]]) -> dict[
     basis = along.basis
     if type(basis) not in (Directions, PCA):
         raise InterventionError(
-            f"its basis is a {type(basis).__name__}, which is code. A file can contain only Directions or PCA. Save "
-            "the weights of the basis with torch.save, load them later, and create the site again."
+            f"its basis is of type {type(basis).__name__}, which is code. A file can contain only Directions or PCA. "
+            "Save the weights of the basis with torch.save, load them later, and create the site again."
         )
     mean = _operand(getattr(basis, "mean", None), "mean", tensors)
     return {"axis": along.axis, "matrix": _operand(basis.matrix, "matrix", tensors), "mean": mean}
@@ -251,10 +253,14 @@ def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) ->
 
 def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
-        raise InterventionError(f"its {name} is on the meta device, so it has no values.")
+        raise InterventionError(
+            f"its {name} is a tensor on the meta device, which stores no data. Pass a tensor with data."
+        )
     if tensor.layout != torch.strided:
         raise InterventionError(f"its {name} has layout {tensor.layout}. Make the tensor dense: {name}.to_dense().")
     try:
         imported("safetensors.torch").save({name: torch.empty(0, dtype=tensor.dtype)})
     except (KeyError, RuntimeError) as fault:  # RuntimeError for quantized dtypes
-        raise InterventionError(f"its {name} has dtype {tensor.dtype}, which safetensors cannot store.") from fault
+        raise InterventionError(
+            f"its {name} has dtype {tensor.dtype}, which safetensors cannot store. Convert the tensor first."
+        ) from fault

@@ -66,7 +66,7 @@ def _seed(model: nn.Module) -> None:
 
 
 def digest(tree: Any) -> str:
-    """Return one SHA-256 of the names, dtypes, shapes and bytes of all tensors in a tree, sorted by name."""
+    """Return one SHA-256 of the names, dtypes, shapes and bytes of all tensors in nested containers, sorted by name."""
     found = hashlib.sha256()
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()

@@ -47,8 +47,8 @@ def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
     libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
     advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), "")
     raise RolloutError(
-        "envs must be a gymnasium environment or vector environment, a VecEnv from Stable-Baselines3, or a procgen "
-        f"environment; got {type(envs).__name__}.{advice}"
+        "envs must be a gymnasium environment or vector environment, a VecEnv from Stable-Baselines3, a procgen "
+        f"environment, or a function that creates one of these; got {type(envs).__name__}.{advice}"
     )
 
 
@@ -97,7 +97,7 @@ def from_pettingzoo(
             other agent's observation, and a random generator that is seeded with the episode's seed.
 
     Raises:
-        RolloutError: On reset, if the environment does not have an agent with the given name.
+        RolloutError: If the environment does not have an agent with the given name.
     """
     from .one_agent import OneAgent
 

@@ -21,7 +21,7 @@ class OneAgent(gymnasium.Env[Any, Any]):
         self.agent, self.others = agent, others
         if agent not in self.environment.possible_agents:
             agents = ", ".join(map(repr, self.environment.possible_agents))
-            raise RolloutError(f"The environment has no agent {agent!r}. Its agents are {agents}.")
+            raise RolloutError(f"The environment has no agent {agent!r}. Pass one of its agents: {agents}.")
         self.observation_space, self.action_space = given.observation_space(agent), given.action_space(agent)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

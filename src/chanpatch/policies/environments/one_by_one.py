@@ -1,4 +1,4 @@
-"""Give each row its own seed in vector environments that accept only one seed for all rows."""
+"""Give each sub-environment its own seed in vector environments that accept only one seed for all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def separated(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
 
 
 class OneByOne(Converted):
-    """Vector environment made of one-row copies of another vector environment, so that each row has its own seed."""
+    """Vector environment made of copies of another vector environment. Each copy has one row and its own seed."""
 
     plays_in_copies = True
 

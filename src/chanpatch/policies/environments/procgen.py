@@ -29,8 +29,8 @@ class FromGym3(Converted):
         needed = ["set_state"] if states is not None else ["set_state", "options"]
         if not all(hasattr(self._procgen, name) for name in needed):
             raise RolloutError(
-                f"{type(self._procgen).__name__} has no {' or '.join(needed)}, so a rollout cannot start it on a given "
-                "level. Only gym3 environments from procgen are supported; for another environment, write a "
+                f"{type(self._procgen).__name__} has no {' or '.join(needed)}, so a rollout cannot start an episode "
+                "on a given level. Only gym3 environments from procgen are supported; for another environment, write a "
                 "gymnasium.Env whose reset(seed=...) loads the level for that seed."
             )
 
@@ -56,7 +56,9 @@ class FromGym3(Converted):
         """Return the state that the episode with the given seed starts from."""
         if self._states is not None:
             if seed >= len(self._states):
-                raise RolloutError(f"Seed {seed} is not the index of a state; there are {len(self._states)} states.")
+                raise RolloutError(
+                    f"Each seed must be an index into states, less than {len(self._states)}; got {seed}."
+                )
             return self._states[seed]
         from procgen.env import BaseProcgenEnv
 
