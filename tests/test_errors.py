@@ -637,7 +637,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A PatchedPolicy shares the policy's parameters but "
         "has its own training flags, so one of the two would run with the wrong parameters. Make the change permanent "
-        "before you create the PatchedPolicy, or use patched().",
+        "(for example, merge and remove an adapter) before creating the PatchedPolicy, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,

@@ -83,12 +83,12 @@ _FAMILIES = {
 
 
 def axes(model: nn.Module) -> dict[str, View | str]:
-    """Return a dict from patterns to axis names and head views, for `hook_points(model, *inputs, axes=axes(model))`.
+    """Return axis names and head views, to pass to `hook_points(model, *inputs, axes=axes(model))`.
 
-    Hidden states have the axes `(batch, position, feature)`. Queries, keys, values and the input of each attention
-    layer's output projection have an axis `head`; fused projections also have an axis `part` with the labels q, k, v.
-    If your inputs skip a module (for example, `inputs_embeds` skips the embedding), remove the pattern of that module
-    from the dict.
+    The keys of the dict are patterns for names of hook points. Hidden states have the axes `(batch, position,
+    feature)`. Queries, keys, values and the input of each attention layer's output projection have an axis `head`;
+    fused projections also have an axis `part` with the labels q, k, v. If your inputs skip a module (for example,
+    `inputs_embeds` skips the embedding), remove the pattern of that module from the dict.
 
     Args:
         model: Model with a config, from one of these families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma

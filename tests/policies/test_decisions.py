@@ -386,7 +386,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
         DistributionError,
         "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' requires a float tensor with "
-        "shape (row, action).",
+        "shape (batch, action).",
     ),
     "the logit of one of two actions": (
         returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),

@@ -116,7 +116,7 @@ def test_the_error_names_the_container_and_its_users():
     assert str(caught.value) == (
         "Replaying the episodes of 'one' gives different results, because 'one', 'same' share a list that changes "
         "during the episodes. Create a separate function with its own list for each of them. Alternatively, store the "
-        "state in attributes of an object, which a rollout restores."
+        "state in an object's attributes, which a rollout restores."
     )
 
 

@@ -375,7 +375,7 @@ class SharedState:
             raise RolloutError(
                 f"Replaying the episodes {subject} gives different results, because {', '.join(users[:4])} share a "
                 f"{kind} that changes during the episodes. Create a separate function with its own {kind} for each "
-                "of them. Alternatively, store the state in attributes of an object, which a rollout restores."
+                "of them. Alternatively, store the state in an object's attributes, which a rollout restores."
             )
         return rollouts
 

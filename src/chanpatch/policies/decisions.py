@@ -155,8 +155,8 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         return Decision(tensor)
     if (found := categorical(tensor)) is None:
         raise DistributionError(
-            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor with shape (row, "
-            "action)."
+            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor with shape "
+            "(batch, action)."
         )
     return Decision(found) if outputs == "logits" else Decision(_greedy(tensor), values=tensor)
 

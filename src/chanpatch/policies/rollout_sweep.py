@@ -66,9 +66,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     episode numbers (`context.rows`) only for the rows of the patch's own label. Use as many sub-environments as rows
     fit in one forward pass.
 
-    For this equality, the policy must treat each row independently, and patches must not draw random numbers except
-    through `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has
-    a `forward` method.
+    The results are equal only if the policy treats each row independently, and patches draw random numbers only through
+    `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has a
+    `forward` method.
 
     Args:
         policy: Module, HookPoints of a module, or Stable-Baselines3 model.

@@ -38,9 +38,9 @@ def rollout(
     """Play one episode per seed.
 
     The policy is called once per step on a batch with one row per running episode. Patches receive the step, the
-    episode numbers and the sub-environments in `context`. If the policy treats each row independently, an episode does
-    not depend on the number of environments or on the other seeds. Episodes with the same seed have the same level but
-    different random numbers for sampling actions.
+    episode numbers and the sub-environment indices in `context`. If the policy treats each row independently, an
+    episode does not depend on the number of environments or on the other seeds. Episodes with the same seed have the
+    same level but different random numbers for sampling actions.
 
     Stable-Baselines3 and sb3-contrib policies act as in their own `predict`: observations are converted by
     `obs_to_tensor`, actions in a Box are clipped, or rescaled if the policy squashes actions, and policies without a
@@ -48,11 +48,11 @@ def rollout(
     environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before each new
-    batch of episodes and at the end of the rollout. If the policy or its patches use your own objects, the attributes
-    of these objects are also restored. Nonlocal and global variables are restored if a function of the policy or of a
-    patch assigns to these variables. Environments are not restored. To keep a log, append to a list in a closure or a
-    global variable. If several policies share such a list, paired_rollouts plays the episodes twice to check that the
-    list does not change the episodes.
+    batch of episodes and at the end of the rollout. If the policy or its patches use objects of your own classes, the
+    attributes of these objects are also restored. Nonlocal and global variables are restored if a function of the
+    policy or of a patch assigns to these variables. Environments are not restored. To keep a log, append to a list in a
+    closure or a global variable. If several policies share such a list, paired_rollouts plays the episodes twice to
+    check that the list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. The initial
     state comes from `initial_state`; for sb3-contrib's RecurrentPPO, the initial state is zero by default. If a policy
