@@ -62,7 +62,8 @@ def refuse_writing_modes(policy: nn.Module) -> None:
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
                 f"{' and '.join(f'{each}()' for each in own)}. A PatchedPolicy shares the policy's parameters but has "
                 "its own training flags, so one of the two would run with the wrong parameters. Make the change "
-                "permanent (for example, merge and remove an adapter) before creating the PatchedPolicy, or use patched()."
+                "permanent (for example, merge and remove an adapter) before creating the PatchedPolicy, or use "
+                "patched()."
             )
 
 
