@@ -103,9 +103,9 @@ def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
 def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    `stored` contains all objects stored on the policy. In a copy, such a function would run the original's modules, or
-    fill a container that only the original reads. A patch in the copy might then have no effect, and if another call
-    reaches the patch, no UnreachedError would be raised.
+    In a copy, such a function would run the original's modules, or fill a container that only the original reads. A
+    patch in the copy might then have no effect, and if another call reaches the patch, no UnreachedError would be
+    raised. `stored` contains all objects stored on the policy.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:

@@ -78,7 +78,7 @@ class Log:
     ) -> None:
         """Add one step to the results of the plays with the given numbers.
 
-        `actions`, `rewards` and `seen`, the checksums of the new observations, contain one entry per given play.
+        `seen` contains checksums of the new observations. All arrays contain one value per play, in the same order.
         """
         self.returns[plays] += rewards
         self.gained.append((plays, rewards))
@@ -113,7 +113,7 @@ class Log:
             self._kept[_STATE][play] = state
 
     def played(self) -> Rollout:
-        """Return one rollout of this process's plays. Its settings include the names of the environments' infos."""
+        """Return this process's plays as one rollout, whose settings include the names of the environments' infos."""
         self.actions, self.seen, self.rewards = map(_by_play, (self.taken, self.checked, self.gained))
         self.lengths = np.array([*map(len, self.actions)])
         settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
@@ -128,9 +128,10 @@ class Log:
 
 
 def by_repetition(parts: Mapping[range, Rollout], episodes: int, *, complete: bool = True) -> dict[int, Rollout]:
-    """Join the rollouts of ranges of plays. Return a dict that maps the number of each repetition to its rollout.
+    """Join rollouts, and return a dict that maps the number of each repetition to the rollout of that repetition.
 
-    `episodes` is the number of episodes in a repetition. If `complete`, leave out repetitions with fewer episodes.
+    `parts` maps ranges of plays to rollouts. `episodes` is the number of episodes in a complete repetition. If
+    `complete` is True, incomplete repetitions are left out.
     """
     for name in sorted(next(iter(parts.values())).kept.keys() - {_OBSERVATIONS, _STATE}):
         if all(each is None for played in parts.values() for values in played.kept[name] for each in values):

@@ -52,9 +52,9 @@ def played_in_workers(
 ) -> tuple[dict[range, Any], ExecutorError | None]:
     """Divide the plays of a rollout into ranges, and run `function(call, plays)` for each range in a worker.
 
-    There is one play per seed or, if there are labels, one play per label and seed. Return a dict that maps each
-    finished range to its result, in increasing order, and the error to raise if workers were lost; None if all ranges
-    finished. If no range finished, raise that error.
+    There is one play per seed or, if there are labels, one play per label and seed. Return two values: a dict that maps
+    each finished range to its result, in increasing order; and the error to raise if workers were lost, or None if all
+    ranges finished. If no range finished, raise the error instead.
     """
     if not _is_factory(envs):
         raise RolloutError(

@@ -219,7 +219,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return [*interval_notes(self.interval().note), *self.remarks]
 
     def _joined(self, other: Self) -> dict[str, Any]:
-        """Join this result with `other`. Return a dict that maps the names of the joined result's fields to values."""
+        """Join this result with `other`. Return a dict that maps each field of the joined result to its value."""
         remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
         return {"rollouts": _joined(self.rollouts, other.rollouts), "remarks": remarks}
 

@@ -138,7 +138,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None = None) -> list[Rollout]:
     """Play all episodes under each label, and return one rollout per label. In a worker, play only `part`.
 
-    `part` is a range of plays; the plays are numbered by label and then by episode.
+    `part` is a range of plays, which are numbered by label and then by episode. With `part`, return only one rollout.
     """
     policy, both, envs, seeds, options, check_nan = call
     if options.initial_state is None:
@@ -161,7 +161,7 @@ def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None =
 
 
 def _check_independent(model: nn.Module) -> None:
-    """Raise an error if a module in training mode would make rows depend on each other, or if a context is open."""
+    """Raise an error if a module in training mode would mix rows, or if a context is open on the model."""
     with as_in_predict(model):
         together = training_modules(model)
     if together:

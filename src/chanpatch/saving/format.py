@@ -152,7 +152,7 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 def _trace_text(saved: Any) -> str | None:
     """Return the text that describes a saved hook point, or None if the site was not traced.
 
-    `saved` is the text or None. In a file of format 1, `saved` is a dict with the length of each axis except `batch`.
+    `saved` is the text or None. Exception: in format 1, `saved` is a dict with the length of each axis except `batch`.
     """
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)

@@ -56,7 +56,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
 
 
 def _seed(model: nn.Module) -> None:
-    """Set seed 0 in every random number generator that `undisturbed` restores."""
+    """Set the seed to 0 in every random number generator that `undisturbed` restores."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
