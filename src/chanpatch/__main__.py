@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
   chanpatch verify channel_55.safetensors --model my_model:example
   chanpatch doctor                                             versions, optional packages, devices
 
-In Python, patches = chanpatch.load(file, points) loads patches; run the model inside with patched(points, patches):.
+To load patches in Python: patches = chanpatch.load(file, points). Then run the model inside patched(points, patches).
 """
 
 # The purpose of each optional package.

@@ -270,7 +270,7 @@ def test_a_missing_state_of_procgen_and_an_environment_without_levels_are_refuse
 
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), from_gym3(coin_runs(1), coin_runs(1).get_state()), [0, 1], **MODES)
-    assert str(caught.value) == "Each seed must be an index into states, less than 1; got 1."
+    assert str(caught.value) == "Seeds must be indices into states, less than 1; got 1."
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), gym3.Env(gym3.types.discrete_scalar(2), gym3.types.discrete_scalar(2), 1), [0], **MODES)
     assert str(caught.value) == (

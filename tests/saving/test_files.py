@@ -387,8 +387,8 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "an operand without numbers": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Set(torch.empty(1, 4, device="meta")))),
-        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is a tensor on the meta device, which "
-        "stores no data. Pass a tensor with data.",
+        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is on the meta device, which stores "
+        "no data. Pass a tensor with data.",
     ),
     "no patches": (
         InterventionError,

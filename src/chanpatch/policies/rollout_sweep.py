@@ -161,7 +161,7 @@ def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None =
 
 
 def _check_independent(model: nn.Module) -> None:
-    """Raise an error if a module in training mode would mix rows, or if a context is open on the model."""
+    """Raise an error if training mode would make rows depend on each other, or if a context is open on the model."""
     with as_in_predict(model):
         together = training_modules(model)
     if together:

@@ -253,9 +253,7 @@ def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) ->
 
 def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
-        raise InterventionError(
-            f"its {name} is a tensor on the meta device, which stores no data. Pass a tensor with data."
-        )
+        raise InterventionError(f"its {name} is on the meta device, which stores no data. Pass a tensor with data.")
     if tensor.layout != torch.strided:
         raise InterventionError(f"its {name} has layout {tensor.layout}. Make the tensor dense: {name}.to_dense().")
     try:

@@ -56,9 +56,7 @@ class FromGym3(Converted):
         """Return the state that the episode with the given seed starts from."""
         if self._states is not None:
             if seed >= len(self._states):
-                raise RolloutError(
-                    f"Each seed must be an index into states, less than {len(self._states)}; got {seed}."
-                )
+                raise RolloutError(f"Seeds must be indices into states, less than {len(self._states)}; got {seed}.")
             return self._states[seed]
         from procgen.env import BaseProcgenEnv
 
