@@ -238,7 +238,7 @@ def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_the_next_c
             UnsupportedModelError, match="'h' was replaced in the policy or its PatchedPolicy"
         ) as caught:
             twin(x) if method == "__call__" else twin.reset()
-    assert "If the policy's own code replaced the tensor, update the tensor with copy_() instead" in str(caught.value)
+    assert "If the policy's own code replaces the tensor, change that code to update" in str(caught.value)
 
 
 def test_a_buffer_that_the_forward_writes_into_is_shared(x):

@@ -817,12 +817,12 @@ def acting(envs, distribution):
     [
         (
             lambda rows: torch.zeros(rows),
-            r"Categorical has batch shape \(\) for 2 rows.*logits of shape \(row, action\)",
+            r"Categorical has batch shape \(\) for a batch of size 2.*logits with shape \(batch, action\)",
         ),
-        (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for 2 rows"),
+        (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for a batch of size 2"),
         (
             lambda rows: Categorical(logits=torch.zeros(rows, 1)),
-            r"Categorical has 1 actions, but the environment expects Discrete\(2\)",
+            r"Categorical has 1 action, but the environment expects Discrete\(2\)",
         ),
         (lambda rows: torch.zeros(rows, 3), "has 3 actions"),
         (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal is continuous"),

@@ -164,7 +164,7 @@ def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Nor
         fits = has >= space.nvec.max() and (actions < space.nvec).all()
     else:
         fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
-    return "" if fits else f"has {has} actions"
+    return "" if fits else f"has {has} action{'s' * (has != 1)}"
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
