@@ -419,7 +419,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of fewer environments": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
         RolloutError,
-        "masks returned an array of shape (4,) for 3 environments. Return an array with one row per environment.",
+        "masks returned an array of shape (4,) for num_envs=3. Return an array with one row per environment.",
     ),
     "masks that allow nothing": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),

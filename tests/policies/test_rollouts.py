@@ -665,7 +665,7 @@ def test_a_new_state_of_another_shape_is_refused():
     initial_state = lambda rows: (torch.zeros(1, rows, 8), torch.zeros(1, rows, 8))  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
         "state[0] has shape (1, 2, 8) when passed to the policy, but (2, 1, 8) in the state that the policy returns. "
-        "Return a state of the same shape."
+        "Return a state with the same tensors and shapes."
     )
 
 
@@ -674,7 +674,7 @@ def test_a_new_state_with_other_tensors_is_refused():
     initial_state = lambda rows: {"h": torch.zeros(rows, 8), "c": torch.zeros(rows, 8)}  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
         'state["c"] has shape (2, 8) when passed to the policy, but none in the state that the policy returns. '
-        "Return a state of the same shape."
+        "Return a state with the same tensors and shapes."
     )
 
 

@@ -249,8 +249,8 @@ class _Player:
             if shapes.get(path) != before.get(path):
                 raise RolloutError(
                     f"state{path_text(path)} has shape {before.get(path, 'none')} when passed to the policy, but "
-                    f"{shapes.get(path, 'none')} in the state that the policy returns. Return a state of the same "
-                    "shape."
+                    f"{shapes.get(path, 'none')} in the state that the policy returns. Return a state with the "
+                    "same tensors and shapes."
                 )
         self._state = returned[1]
         return returned[0]
