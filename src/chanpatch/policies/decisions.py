@@ -214,8 +214,8 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
     found = _by_part(np.array(masks(envs, infos)), envs.single_action_space)
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
-            f"masks returned an array of shape {found.shape} for num_envs={envs.num_envs}. Return an array with one row "
-            "per environment."
+            f"masks returned an array of shape {found.shape} for num_envs={envs.num_envs}. Return an array with one "
+            "row per environment."
         )
     others = found[~np.isin(found, (0, 1))]
     if others.size:
