@@ -91,8 +91,8 @@ class Sampled(gymnasium.Env):
 @pytest.mark.parametrize(
     ("space", "name"),
     [
-        (spaces.Text(5), "observations is a Text"),
-        (spaces.Dict(image=spaces.Box(0, 1, (3,)), mission=spaces.Text(5)), "observations['mission'] is a Text"),
+        (spaces.Text(5), "observation_space is a Text"),
+        (spaces.Dict(image=spaces.Box(0, 1, (3,)), mission=spaces.Text(5)), "observation_space['mission'] is a Text"),
         (spaces.Tuple([spaces.Discrete(3), spaces.Dict(a=spaces.Text(5))]), "observation_space[1]['a'] is a Text"),
         (spaces.Sequence(spaces.Discrete(3)), "observation_space is a Sequence"),
         (spaces.OneOf([spaces.Discrete(3), spaces.Discrete(4)]), "observation_space is a OneOf"),

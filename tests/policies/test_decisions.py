@@ -155,7 +155,7 @@ def test_actions_are_taken_as_they_are():
         assert done.returns.tolist() == [2 * action.sum().item()] * 3
         assert done.actions[0].dtype == space.dtype
         for wrong in (torch.full(action.shape, torch.nan), action[None]):
-            with pytest.raises(RolloutError, match="The policy .*actions.* but"):
+            with pytest.raises(RolloutError, match="The policy.* actions .* but"):
                 rollout(lambda seen, wrong=wrong: wrong.expand(len(seen), *wrong.shape), envs, [0, 1], max_steps=2,
                         outputs="actions")  # fmt: skip
 
@@ -167,7 +167,10 @@ def test_actions_are_taken_as_they_are():
 def test_actions_that_the_environments_do_not_have_are_refused(cart_poles, action, shown):
     with pytest.raises(RolloutError) as caught:
         rollout(lambda _: action, cart_poles, [0, 1], max_steps=2, outputs="actions")
-    assert str(caught.value) == f"The policy returned actions {shown}, but the environment expects Discrete(2)."
+    assert str(caught.value) == (
+        f"The policy returned actions {shown}, but the environment expects Discrete(2). Pass a function that calls the "
+        "policy and returns actions in this space."
+    )
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
