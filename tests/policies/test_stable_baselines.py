@@ -231,6 +231,6 @@ def test_a_policy_is_not_played_on_images_of_another_shape():
     with pytest.raises(RolloutError) as caught:
         rollout(policy, SyncVectorEnv([Stacked] * 2), SEEDS, max_steps=2)
     assert str(caught.value) == (
-        "ActorCriticCnnPolicy was built for observations of shape (3, 40, 36), but the environments return (40, 36, "
-        "6). Wrap the environments as in training, for example to stack frames."
+        "ActorCriticCnnPolicy was built for observations of shape (3, 40, 36), but the environments return "
+        "observations of shape (40, 36, 6). Wrap the environments as in training, for example to stack frames."
     )
