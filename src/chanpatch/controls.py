@@ -67,7 +67,7 @@ class MatchedChannels(Records, Sequence[Site]):
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
         """Return one patch, `verb(site)`, for each control site. Pass the patches to a sweep as `controls=`.
 
-        If `no_p` is not empty, the sweep omits p-values, even with other patches at the control sites.
+        If `no_p` is not empty, the sweep omits p-values, even if you create the patches at these sites yourself.
         """
         return [*map(verb, self.sites)]
 

@@ -253,7 +253,7 @@ class _Interventions:
         if states and states != self._random_states():
             raise RolloutError(
                 f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, the numbers would "
-                "differ between labels, so equal patches would have different effects. Use context.uniform(shape), "
+                "differ between labels, so identical patches would have different effects. Use context.uniform(shape), "
                 "whose numbers depend only on the episode and the step."
             )
         if self._modules.changed() or self._modules.rewritten():

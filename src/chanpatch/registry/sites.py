@@ -216,7 +216,7 @@ class HookPoint(Place):
 
     @property
     def tensor_batch_axis(self) -> int | None:
-        """Index of the batch axis in the tensor without the lens; None if unknown, or if the axis is split."""
+        """Index of the batch axis in the model's own tensor, without views or bases; None if unknown or split."""
         if isinstance(self.lens, Coordinates):
             return self.lens.base.tensor_batch_axis
         if self.lens is None or self.batch_axis is None:
