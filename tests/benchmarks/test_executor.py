@@ -37,6 +37,7 @@ def dask(**settings):
     import dask
     from distributed import Client, LocalCluster
 
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # an earlier cluster may have set this variable in this process, too
     with (
         dask.config.set(settings),
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
