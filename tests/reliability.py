@@ -45,13 +45,13 @@ class Counts:
                 self.found[file, noun, slow] += count
 
     def table(self) -> str:
-        lines = ["| counted | `make test` | `make test-all` | tests |", "|---|---|---|---|"]
+        lines = ["| cases | `make test` | `make test-all` | tests |", "|---|---|---|---|"]
         for row, (noun, files) in ROWS.items():
             fast, slow = (sum(self.found[file, noun, each] for file in files) for each in (False, True))
             listed = ", ".join(f"`{file}`" for file in files)
             lines.append(f"| {row} | {fast:,} | {fast + slow:,} | {listed} |")
         gaps = [f"{reason} ({count} test{'s' * (count > 1)})" for reason, count in sorted(self.gaps.items())]
-        return "\n".join([*lines, "", f"Rows without a test, and the reason: {'; '.join(gaps) or 'none'}."])
+        return "\n".join([*lines, "", f"Tests that are expected to fail: {'; '.join(gaps) or 'none'}."])
 
 
 def main() -> int:

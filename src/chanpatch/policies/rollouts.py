@@ -39,8 +39,8 @@ def rollout(
 
     The policy is called once per step on a batch with one row per running episode. Patches receive the step, the
     episode numbers and the sub-environment indices in `context`. If the policy treats each row independently, an
-    episode does not depend on the number of environments or on the other seeds. Episodes with the same seed have the
-    same level but different random numbers for sampling actions.
+    episode does not depend on the number of environments or on the other seeds. If `seeds` contains a seed twice, the
+    two episodes have the same level but different random numbers for sampling actions.
 
     Stable-Baselines3 and sb3-contrib policies act as in their own `predict`: observations are converted by
     `obs_to_tensor`, actions in a Box are clipped, or rescaled if the policy squashes actions, and policies without a
@@ -52,7 +52,7 @@ def rollout(
     attributes of these objects are also restored. Nonlocal and global variables are restored if a function of the
     policy or of a patch assigns to these variables. Environments are not restored. To keep a log, append to a list in a
     closure or a global variable. If several policies share such a list, paired_rollouts plays the episodes twice to
-    check that the list does not change the episodes.
+    check that the contents of the list do not affect the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. The initial
     state comes from `initial_state`; for sb3-contrib's RecurrentPPO, the initial state is zero by default. If a policy
@@ -74,8 +74,8 @@ def rollout(
         greedy: Whether to use the mode of each distribution instead of sampling.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
             `"values"`, to select the action with the highest value; or `"actions"`, to use the tensor unchanged. If a
-            policy samples actions, pass a function that returns the policy's distribution instead, so that paired
-            rollouts use the same draws.
+            policy samples its own actions, replace `policy` with a function that returns the policy's distribution, so
+            that paired rollouts use the same draws.
         masks: Function that receives the environments and the infos from the last step, and returns which actions are
             allowed: a bool array with shape `(environment, action)`. The function is called before each step. Examples:
             `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
@@ -163,7 +163,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as dropout is in
             training mode in one policy but not in another; if two policies use the same callable object as an edit or
             `where`; if an episode differs between two policies before the actions in the episode differ; if policies
-            share a list or another container that changes the policies' episodes; or if a policy's first output changes
+            share a list or another container whose contents affect the episodes; or if a policy's first output changes
             when the first forward pass is repeated.
 
     Example:

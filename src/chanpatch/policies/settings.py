@@ -48,8 +48,8 @@ class Settings:
     def end(self, kind: object, *, runs_modules: bool) -> None:
         """After the first call to a method or submodule, record which settings the call changed, and check the others.
 
-        Other settings must be equal in the twin and the policy. If the call cannot run modules (`runs_modules` is
-        False), check nothing.
+        Settings that the call did not change must be equal in the twin and the policy. If the call cannot run modules
+        (`runs_modules` is False), check nothing.
         """
         if self._before is None and runs_modules and not self._known_calls[kind]:
             del self._known_calls[kind]  # treat the next call as the first of its kind

@@ -142,7 +142,8 @@ class LogisticProbe:
 
         Pass the sums, labels and penalty that were passed to `fit`. All resamples use the channel scaling from `fit`.
         The intervals do not correct for the penalty, which shrinks large coefficients. If six to nine inputs have the
-        rarer label, the notes are `"few"`; if fewer than six inputs have the rarer label, the intervals are withheld.
+        rarer label, the `note` of each interval is `"few"`. If fewer than six inputs have the rarer label, the
+        endpoints are NaN, and `note` contains the reason.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])

@@ -40,7 +40,8 @@ def channel_sums(
             arguments, or an iterable of batches in any of these forms.
         site: Site with a channel or feature axis.
         reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
-            einops pair that keeps the batch axis and at most one other axis.
+            einops pattern and a reduction, such as `("b c h w -> b c", "sum")`. The pattern must keep the batch axis
+            and at most one other axis.
         where: Elements to reduce, as in `recording`; a mask has one row per input or a single row. A sum over no
             elements is NaN.
         batch_size: Number of inputs per forward pass. Batches from an iterable are not split.

@@ -207,8 +207,8 @@ def hook_points(
         axes: Dict that maps patterns (see `HookPoints.select`) to the axis names of the matching hook points, for axes
             whose names cannot be inferred: `{"encoder.*": "batch position feature"}`. Elementwise modules and functions
             propagate axis names. A `chanpatch.view` also splits axes, such as a feature axis into heads.
-        free: Dict that maps the names of axes, whose lengths may differ in later forward passes, to the indices of
-            these axes in the first input. For example, `{"position": 1}` gives axis 1 of the first input the name
+        free: Axes whose lengths may differ in later forward passes, as a dict that maps each axis name to the index of
+            that axis in the first input. For example, `{"position": 1}` gives axis 1 of the first input the name
             "position" and a free length. In a third run, axis 1 has one more entry, a copy of the last entry, in every
             input in which axis 1 is as long as in the first input. All axes that grow in this run are also free. If
             several inputs have the free axis, trace with inputs of equal length.
