@@ -280,7 +280,7 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         (
             lambda: rank_among(0.5, [0.1, math.nan]),
             "All effects must be finite to be ranked; got 0.5 for the patch, and NaN or infinity for 1 of 2 controls. "
-            "Leave out such controls.",
+            "Leave out controls whose effects are not finite.",
         ),
         (
             lambda: rank_among(0.5, [0.1], alternative="larger"),

@@ -353,9 +353,9 @@ def test_the_whole_models_output_is_no_receiver_unless_it_is_said_what_is_frozen
     with pytest.raises(SiteError) as caught:
         effect("first", ".out")
     assert str(caught.value) == (
-        "The receiver Site('.out') is the model's final output, where every path ends. Use the module that computes "
-        "this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook points to freeze "
-        "with frozen=[...]."
+        "The receiver Site('.out') is the model's final output. By default, the module that computes this output may "
+        "be frozen, which blocks all paths through it. Use that module or its input (such as 'head.in[0]') as the "
+        "receiver, or choose the hook points to freeze with frozen=[...]."
     )
     torch.testing.assert_close(effect("first", ".out", frozen=()), by_hand(to_second=True, to_head=True))
 

@@ -88,7 +88,7 @@ def placement_margin(positive: Floats, negative: Floats, confidence: float) -> f
 
 
 def separated(positive: Floats, negative: Floats) -> bool:
-    """Return whether most placements in at least one group are equal, so that the group's variance is unknown."""
+    """Return whether, in either group, too few placements differ from the median to estimate the variance."""
     groups = (positive, negative)
     return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
@@ -157,7 +157,8 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
         rank 2 of 4 (the effect and 3 controls), no p-value: fewer than 19 controls
 
     References:
-        Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself.
+        Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself in
+        the p-value.
     """
     others = np.asarray(controls, dtype=np.float64)
     if others.ndim != 1 or not others.size:
@@ -167,7 +168,8 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     if not (math.isfinite(effect) and np.isfinite(others).all()):
         raise StatisticsError(
             f"All effects must be finite to be ranked; got {effect} for the patch, and NaN or infinity for "
-            f"{(~np.isfinite(others)).sum()} of {others.size} controls. Leave out such controls."
+            f"{(~np.isfinite(others)).sum()} of {others.size} controls. "
+            "Leave out controls whose effects are not finite."
         )
     if alternative not in get_args(Alternative):
         names = ", ".join(map(repr, get_args(Alternative)))

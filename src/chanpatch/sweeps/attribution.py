@@ -61,8 +61,8 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         metric: A differentiable function of the model's output, as in `sweep`.
         steps: Number of points on the line at which the gradient is computed. With 1, only the gradient at the
             clean activation is used.
-        verify: Number of patches with the largest absolute estimates to verify by forward passes. The same number of
-            randomly drawn patches is also verified.
+        verify: Number of patches to verify by forward passes, starting with the largest absolute estimates. The same
+            number of randomly drawn patches is also verified.
         seed: Random seed for drawing the patches to verify.
         executor: Executor whose workers verify the patches, as in `sweep`. The estimates are computed in your process.
 

@@ -145,7 +145,7 @@ class Fold:
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool = False) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
-        If `disturbed` is True, an extra first block has different activations, which must not affect the other blocks.
+        If `disturbed` is True, the activations in an extra first block are changed, which must not affect other blocks.
         """
         run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
         output = run.output(min(group.skippable for _, group in chunk))
@@ -226,7 +226,7 @@ class _Run:
         return leaf if axis is None else torch.cat([leaf] * self.blocks, axis)
 
     def _is_read(self, each: object) -> bool:
-        """Return whether an input, or the output of a skipped call, is repeated; see `Prefix.read_after`."""
+        """Return whether to repeat an input, or a skipped call's output, for each block; see `Prefix.read_after`."""
         is_read = self._read is None or each in self._read
         self.fold.has_left_out |= not is_read
         return is_read

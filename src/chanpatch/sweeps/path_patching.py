@@ -224,9 +224,9 @@ class Paths:
         whole = [site for site in receivers if not points[site.name].module]
         if whole and self._is_default:
             raise SiteError(
-                f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
-                "computes this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook "
-                "points to freeze with frozen=[...]."
+                f"The receiver {whole[0]!r} is the model's final output. By default, the module that computes this "
+                "output may be frozen, which blocks all paths through it. Use that module or its input (such as "
+                "'head.in[0]') as the receiver, or choose the hook points to freeze with frozen=[...]."
             )
         start, ends = points[self.senders[sender].name], [points[site.name] for site in receivers]
         first, last = order[start.name], self._last[label]

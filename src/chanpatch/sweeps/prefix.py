@@ -160,10 +160,11 @@ class Prefix:
             self._is_wrapped = False
 
     def read_after(self, number: int, output: Any) -> set[object]:
-        """Find what a forward pass that skips the first `number` calls reads after these calls, or returns.
+        """Find the tensors that are read or returned by a forward pass that skips the first `number` calls.
 
         `output` is the output of the remembered forward pass. The result contains (module, index of the call) for each
-        skipped call whose output is read, and the addresses of all storages that are read and that no call has made.
+        skipped call whose output is read. For tensors that existed before the forward pass, such as the inputs, the
+        result contains the addresses of their storages.
         """
         read: set[int] = {storage(tensor) for _, tensor in leaves(output)}
         calls = set[object]()
@@ -256,7 +257,7 @@ class Prefix:
 
 
 class _Watch(TorchFunctionMode):
-    """Record, in a Prefix, the size and the arithmetic of each torch function, and which function last read values."""
+    """Record, in a Prefix, each torch function's output size and arithmetic, and which function last read values."""
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()

@@ -202,7 +202,7 @@ class SweepResult(Effects):
         return sorted(set[str]().union(*names) - changed)
 
     def _snapped(self, metric: str | None) -> Floats:
-        """Return the differences without rounding error, transposed to shape `(input, patch)`."""
+        """Return the differences, with shape `(input, patch)` and rounding error removed as in `snapped`."""
         same = rounding(patch.site for patches in self.patches for patch in patches)
         return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 

@@ -67,7 +67,7 @@ class Execution:
                 self._run(number, group, reasons.get(number, ""))
 
     def _fold(self, groups: Sequence[Group], seen: Mapping[str, Seen]) -> dict[int, str]:
-        """Fold as many groups as possible; return the reasons why the other groups, by position, were not folded."""
+        """Fold as many groups as possible. Return the reasons why other groups cannot be folded, by position."""
         fold = Fold(self.forward, self.baseline, seen, self.max_bytes)
         reasons = {number: why for number, group in enumerate(groups) if (why := fold.obstacle(group))}
         folded = {number: group for number, group in enumerate(groups) if number not in reasons}
@@ -301,7 +301,7 @@ def _suffixes(forward: Forward, group: Group, stack: Tensor, paths: Sequence[Pat
 
     def put(leaf: Tensor, session: Session) -> Tensor:
         if not waiting:
-            raise StrategyError("the hook point ran twice")
+            raise StrategyError("the hook point was reached twice")
         return waiting.pop()
 
     def one(activation: Tensor) -> list[Tensor]:

@@ -41,8 +41,8 @@ def sweep(
 
     The numbers equal those from a loop that runs the model inside `patched` for each patch. Each forward pass runs
     without gradients. Afterwards, random number generators, buffers, attributes and training flags are restored. Your
-    own hooks run in every forward pass. If your hooks store tensors, use `strategy="resume"` or `"loop"`, because other
-    strategies pass many patches to the hooks at once.
+    own hooks run in every forward pass. If your hooks store tensors, use `strategy="resume"` or `"loop"`, because with
+    the other strategies, a hook may receive the tensors for many patches in one call.
 
     Args:
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
@@ -56,8 +56,9 @@ def sweep(
             `matched_channels(...).patches(zero_ablate)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a hook point for many patches at a time. `"fold"` runs patches at one or several hook
-            points as extra rows in the batch. `"auto"` uses the fastest strategy that gives the same numbers as the
-            loop for two patches. If dropout or batch norm is in training mode, `"auto"` uses the loop.
+            points as extra rows in the batch. `"auto"` compares at least two of the patches with the
+            loop, and uses the fastest strategy that gives the same numbers. If dropout or batch norm is in training
+            mode, `"auto"` uses the loop.
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
