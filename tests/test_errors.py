@@ -642,8 +642,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
-        "NoForward has no forward(). To rollout() or action_distribution(), pass a function that returns the policy's "
-        "logits or distribution, such as lambda observations: agent.actor(observations). To rollout_sweep(), pass "
+        "NoForward has no forward(). For rollout() or action_distribution(), pass a function that returns the policy's "
+        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass "
         "a module whose forward() returns the logits or distribution.",
     ),
     "no distribution": (

@@ -177,10 +177,10 @@ def heat_map(
 
 
 def survival(values: Mapping[str, ArrayLike], ax: Axes | None = None, *, label: str = "value") -> Axes:
-    """Draw the fraction of episodes above each value, such as a return or a length, with one curve per policy.
+    """Draw one survival curve per policy: the fraction of episodes whose return, for example, is above each value.
 
-    `values` maps each policy's name to an array with shape `(episode,)`. StatisticsError is raised if there are no
-    policies or more than six, or if a value is not finite.
+    `values` maps each policy's name to the returns or lengths of the policy's episodes, with shape `(episode,)`.
+    StatisticsError is raised if there are no policies or more than six, or if a value is not finite.
     """
     if not 0 < len(values) <= len(_LINES):
         raise StatisticsError(

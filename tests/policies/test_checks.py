@@ -181,10 +181,10 @@ def test_a_policy_with_other_arguments_is_not_called_without_them(cart_poles, se
     policy = Recurrent()
     assert refusal(policy, cart_poles, **settings) == (
         f"Recurrent expects the arguments {taken}, but a rollout passes {given}. For a recurrent policy, pass "
-        "initial_state. If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
-        "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+        "initial_state. If the policy needs other arguments, wrap it in a function, such as lambda obs, state: "
+        "policy.get_distribution(obs, state, obs.new_zeros(len(obs)))."
     )
-    wrapped = lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))  # noqa: E731
+    wrapped = lambda obs, state: policy.get_distribution(obs, state, obs.new_zeros(len(obs)))  # noqa: E731
     assert len(rollout(wrapped, cart_poles, [0, 1], max_steps=3, initial_state=initial_state)) == 2
 
 

@@ -90,7 +90,8 @@ def test_a_function_whose_calls_would_go_unpatched_without_an_unreached_patch_is
     assert str(caught.value) == (
         "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook), which refers to "
         "the policy itself or to a container in the policy. In a PatchedPolicy, that reference would still point to "
-        "the unpatched original. Use a method instead of the reference, or use patched()."
+        "the unpatched original. Remove the reference (for example, turn the function into a method of the policy), "
+        "or use patched()."
     )
 
 
@@ -325,8 +326,8 @@ def test_a_weak_reference_to_a_module_of_the_policy_is_refused(refer):
         PatchedPolicy(Weakly(refer), ON_A)
     assert str(caught.value) == (
         "Weakly stores a weak reference (in an attribute or as a hook), which refers to the policy itself or to a "
-        "container in the policy. In a PatchedPolicy, that reference would still point to the unpatched original. Use "
-        "a method instead of the reference, or use patched()."
+        "container in the policy. In a PatchedPolicy, that reference would still point to the unpatched original. "
+        "Remove the reference (for example, turn the function into a method of the policy), or use patched()."
     )
 
 
@@ -376,5 +377,5 @@ def test_a_forward_that_was_replaced_by_a_function_that_holds_the_policy_is_refu
         return policy.a._old_forward(*args, **kwargs)  # type: ignore[operator]
 
     policy.a.forward = functools.update_wrapper(new_forward, before)  # type: ignore[method-assign]
-    with pytest.raises(UnsupportedModelError, match="Plain stores the function .*forward .*Use a method instead"):
+    with pytest.raises(UnsupportedModelError, match="Plain stores the function .*forward .*Remove the reference"):
         PatchedPolicy(policy, ON_A)

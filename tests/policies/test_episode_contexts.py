@@ -225,7 +225,7 @@ def test_a_function_that_uses_the_environments_and_the_episodes_of_its_rows_is_r
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
         "A function in Patch(Site('1'), Set, where=...) uses the environments and context.rows, which contains "
-        "the numbers of episodes, not indices of sub-environments. Use context.environments instead, which contains "
+        "episode numbers, not indices of sub-environments. Use context.environments instead, which contains "
         "the index of each episode's sub-environment. If the function needs anything else from the environments, such "
         "as their spaces, read it before the rollout, outside the function."
     )

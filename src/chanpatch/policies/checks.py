@@ -105,8 +105,8 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         raise RolloutError(
             f"{name} expects the arguments ({', '.join(signature.parameters)}), but a rollout passes "
             f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, pass initial_state. "
-            "If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
-            "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+            "If the policy needs other arguments, wrap it in a function, such as lambda obs, state: "
+            "policy.get_distribution(obs, state, obs.new_zeros(len(obs)))."
         ) from None
     return policy
 
@@ -202,8 +202,8 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             own = {id(each) for each in parts_of_environments(envs) if isinstance(each, kinds)}
             if any(id(each) in own for each in used):
                 raise RolloutError(
-                    f"A function in {patch!r} uses the environments and context.rows, which contains the numbers of "
-                    "episodes, not indices of sub-environments. Use context.environments instead, which contains the "
+                    f"A function in {patch!r} uses the environments and context.rows, which contains episode "
+                    "numbers, not indices of sub-environments. Use context.environments instead, which contains the "
                     "index of each episode's sub-environment. If the function needs anything else from the "
                     "environments, such as their spaces, read it before the rollout, outside the function."
                 )

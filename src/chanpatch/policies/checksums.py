@@ -50,7 +50,7 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return random odd numbers to use as weights of 64-bit words: uint64 with shape `(words,)`, always the same.
+    """Return odd numbers to use as weights of 64-bit words: uint64 with shape `(words,)`, from a fixed random seed.
 
     A checksum is the weighted sum of the words. Because the weights are odd, the sum changes whenever a single word
     changes. Because the weights are random, the sum almost always changes if several words change.

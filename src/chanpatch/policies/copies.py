@@ -103,9 +103,9 @@ def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
 def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    In a copy, such a function would run the original's modules, or fill a container that only the original reads. A
-    patch in the copy might then have no effect, and if another call reaches the patch, no UnreachedError would be
-    raised. `stored` contains all objects stored on the policy.
+    In a copy, such a function would run the original's modules, or fill a container that only the original reads. The
+    copy's patches would not apply inside the function. No UnreachedError would be raised for a patch that also runs
+    outside the function. `stored` contains all objects stored on the policy.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
@@ -116,7 +116,8 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
             raise UnsupportedModelError(
                 f"{type(policy).__name__} stores {name} (in an attribute or as a hook), which refers to the policy "
                 "itself or to a container in the policy. In a PatchedPolicy, that reference would still point to the "
-                "unpatched original. Use a method instead of the reference, or use patched()."
+                "unpatched original. Remove the reference (for example, turn the function into a method of the "
+                "policy), or use patched()."
             )
 
 

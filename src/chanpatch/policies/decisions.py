@@ -90,8 +90,8 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
         if 'missing the required "forward"' not in str(error):
             raise
         raise DistributionError(
-            f"{type(policy).__name__} has no forward(). To rollout() or action_distribution(), pass a function that "
-            "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). To "
+            f"{type(policy).__name__} has no forward(). For rollout() or action_distribution(), pass a function that "
+            "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). For "
             "rollout_sweep(), pass a module whose forward() returns the logits or distribution."
         ) from error
 

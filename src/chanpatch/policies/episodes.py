@@ -105,8 +105,8 @@ class _Player:
     ) -> None:
         """Play the episodes in one wave in parallel until all have finished, and advance the progress bar.
 
-        `wave` contains numbers of plays in the log. If `check` is not None, call `check` after the first decision, with
-        the last three arguments of `check_rows`.
+        `wave` contains the index in the log of each episode to play. If `check` is not None, call `check` after the
+        first decision, with the last three arguments of `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)

@@ -11,7 +11,10 @@ from gymnasium.vector.utils import batch_space
 
 
 class Converted(VectorEnv[Any, Any, Any]):
-    """Base class of vector environments that wrap the user's environments `given`, which the user must close."""
+    """Base class of vector environments that wrap the user's environments.
+
+    The attribute `given` contains the user's environments. The user must close them.
+    """
 
     plays_in_copies = False
 
