@@ -608,16 +608,16 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a sparse tensor that is set": (
         errors.UnsupportedModelError,
         lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
-        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which can be patched only with a custom function and "
-        "without `where`. Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), Set) is applied to a sparse_coo tensor, which can be patched only with a custom function "
+        "and without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a masked tensor that is edited in part": (
         errors.UnsupportedModelError,
         lambda: run_identity(
             masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
         ),
-        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which can be patched only with a custom function "
-        "and without `where`. Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), abs, where=...) is applied to a masked tensor, which can be patched only with a custom "
+        "function and without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a region of a masked tensor": (
         errors.UnsupportedModelError,

@@ -1,4 +1,4 @@
-"""Axis names and head views for models from Hugging Face transformers, read from the model's config."""
+"""Axis names for models from Hugging Face transformers, and views that split axes into heads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _HEADS = "batch position (head feature)"
 
 
 class _Family(NamedTuple):
-    """Hook points at which axes are named, for one family of models. Each hook point is given by the end of its name.
+    """Hook points of one family of models, grouped by the names of their axes.
+
+    Each entry is the end of a hook point's name, such as `q_proj`.
 
     Attributes:
-        hidden: Hidden states to which axis names from other hook points do not propagate.
+        hidden: Hidden states whose axis names do not propagate from other hook points.
         heads: Hook points whose feature axis is split into query heads.
         key_heads: Hook points whose feature axis is split into key-value heads.
         weights: Attention weights, which the model returns only with the "eager" implementation of attention.
@@ -83,12 +85,13 @@ _FAMILIES = {
 
 
 def axes(model: nn.Module) -> dict[str, View | str]:
-    """Return axis names and head views, to pass to `hook_points(model, *inputs, axes=axes(model))`.
+    """Return axis names, and views that split axes into heads, as a dict for the argument `axes` of `hook_points`.
 
-    The keys of the dict are patterns for names of hook points. Hidden states have the axes `(batch, position,
-    feature)`. Queries, keys, values and the input of each attention layer's output projection have an axis `head`;
-    fused projections also have an axis `part` with the labels q, k, v. If your inputs skip a module (for example,
-    `inputs_embeds` skips the embedding), remove the pattern of that module from the dict.
+    To use the dict, call `hook_points(model, *inputs, axes=axes(model))`. The keys are patterns for names of hook
+    points. Hidden states have the axes `(batch, position, feature)`. Queries, keys, values and the input of each
+    attention layer's output projection have an axis `head`; fused projections also have an axis `part` with the labels
+    q, k, v. If a module does not run (for example, the embedding if you pass `inputs_embeds`), remove the module's
+    pattern from the dict; otherwise, `hook_points` raises HookPointError.
 
     Args:
         model: Model with a config, from one of these families: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma
@@ -128,7 +131,10 @@ def axes(model: nn.Module) -> dict[str, View | str]:
 
 
 def _head_counts(config: Any) -> list[tuple[str, int, int]]:
-    """Return one tuple (start of a pattern, number of heads, number of key-value heads) per part of the model."""
+    """Return one tuple (start of the patterns, number of heads, number of key-value heads) for the whole model.
+
+    If the encoder and the decoder have different numbers of heads, return one tuple for each of the two.
+    """
     heads = config.num_attention_heads
     decoder = getattr(config, "decoder_attention_heads", heads)
     if decoder != heads:

@@ -306,17 +306,18 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a negative action": (
         lambda: action_probability(-1),
         MetricError,
-        "actions is -1. Pass at least one action; actions are numbered from 0.",
+        "actions must contain at least one action and no negative numbers; got -1. Actions are numbered from 0.",
     ),
     "no action": (
         lambda: action_probability([]),
         MetricError,
-        "actions is []. Pass at least one action; actions are numbered from 0.",
+        "actions must contain at least one action and no negative numbers; got []. Actions are numbered from 0.",
     ),
     "a padded label": (
         lambda: log_probability(torch.tensor([1, -100])),
         MetricError,
-        "actions is a torch.int64 tensor of shape (2,). Pass at least one action; actions are numbered from 0.",
+        "actions must contain at least one action and no negative numbers; got a torch.int64 tensor of shape (2,). "
+        "Actions are numbered from 0.",
     ),
     "an action named twice": (
         lambda: action_probability([1, 1]),

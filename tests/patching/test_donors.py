@@ -440,7 +440,7 @@ def test_a_donor_whose_forward_pass_does_not_reach_the_site_is_an_error() -> Non
         policy(torch.ones(3, 4))
     assert str(caught.value) == (
         "The forward pass on the donor's inputs did not reach Site('relu'). The donor must return inputs for which "
-        "__call__() calls this module."
+        "the model's __call__() reaches this site."
     )
 
 

@@ -33,8 +33,8 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
         incorrect: The action or actions to compare with, in the same format as `correct`.
 
     Raises:
-        MetricError: If the actions are invalid. The returned metric raises MetricError if the output lacks one of the
-            actions or has sequence logits.
+        MetricError: If the actions are invalid. The returned metric raises MetricError if the logits lack one of the
+            actions or do not have shape `(batch, action)`.
 
     Example:
         >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
@@ -82,7 +82,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
     Raises:
         DistributionError: If an output contains no distribution, or torch has no formula for the divergence.
-        MetricError: If the two outputs have different shapes, or an output has sequence logits.
+        MetricError: If the two outputs have different shapes, or logits do not have shape `(batch, action)`.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -133,7 +133,7 @@ def entropy(output: Any) -> Tensor:
 
     Raises:
         DistributionError: If the output contains no distribution, or torch has no entropy formula for the distribution.
-        MetricError: If the output has sequence logits.
+        MetricError: If the output has logits whose shape is not `(batch, action)`.
 
     Example:
         >>> entropy(torch.zeros(1, 2))
@@ -315,9 +315,9 @@ def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
 
 
 def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Return the quantity of `found` that `compute` returns, summed over action dimensions.
+    """Return `compute()`, the KL divergence or entropy of the distribution `found`, summed over action dimensions.
 
-    If torch has no formula for the quantity, raise an error in which the quantity is called `what`.
+    If torch has no formula for `found`, raise DistributionError; `what` names the quantity in the error message.
     """
     try:
         result = compute()

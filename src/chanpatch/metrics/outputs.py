@@ -89,7 +89,10 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the action distribution that an output contains or its logits define. Without either, raise an error."""
+    """Return the action distribution in an output or, if the output contains logits, the distribution they define.
+
+    Raise DistributionError or MetricError if there is no distribution, or if there are several.
+    """
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -148,7 +151,10 @@ class Choice:
                 f"tensor of shape (batch,) with one action per input; got {shown(actions)}."
             ) from None
         if not numbers or min(numbers) < 0:
-            raise MetricError(f"{name} is {shown(actions)}. Pass at least one action; actions are numbered from 0.")
+            raise MetricError(
+                f"{name} must contain at least one action and no negative numbers; got {shown(actions)}. Actions are "
+                "numbered from 0."
+            )
         if not self.per_input and len(set(numbers)) < len(numbers):
             raise MetricError(f"{name} is {actions}, which contains an action twice. List each action once.")
         self._numbers, self._highest = torch.tensor(numbers), max(numbers)

@@ -270,9 +270,9 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call to this function.
 
-    `cause` is the exception that is being handled, if there is one. If `cause` came from a distribution, NaNError
-    replaces `cause`. If `cause` is one of chanpatch's other exceptions, do nothing. If `cause` is any other exception,
-    do not raise, but add the NaNError's message to `cause` as a note.
+    `cause` is the exception that is being handled, if there is one. If `cause` is a DistributionError, or was raised
+    by torch.distributions, NaNError replaces `cause`. If `cause` is any other ChanpatchError, do nothing. For all other
+    exceptions, do not raise, but add the NaNError's message to `cause` as a note.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     if not found:

@@ -53,7 +53,7 @@ class Donor:
         if site not in recorded:
             raise UnreachedError(
                 f"The forward pass on the donor's inputs did not reach {site!r}. The donor must return inputs for "
-                f"which {moment.method}() calls this module."
+                f"which the model's {moment.method}() reaches this site."
             )
         donated: Tensor = recorded[site]
         if donated.shape != activation.shape:

@@ -90,7 +90,7 @@ class Located:
         return mask.to(region.device)  # masks are often made on the CPU
 
     def _check(self, leaf: Tensor) -> None:
-        """Raise an error if the patch or the recording does not support the site's region in the tensor."""
+        """Raise an error if the site's region in this tensor cannot be patched or recorded."""
 
     def _remember(self) -> None:
         """Store the location, so that later contexts that use the same patch need not compute it again."""
@@ -185,8 +185,8 @@ class Firing(Located):
         ours = type(self._edit).__module__ == Set.__module__
         if (ours or self.patch.where is not None) and (layout := unusual_layout(leaf)):
             raise UnsupportedModelError(
-                f"{self.patch!r} is at a {layout} tensor, which can be patched only with a custom function and without "
-                "`where`. Use edit(site, function), or make the tensor dense in the model."
+                f"{self.patch!r} is applied to a {layout} tensor, which can be patched only with a custom function and "
+                "without `where`. Use edit(site, function), or make the tensor dense in the model."
             )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
@@ -299,7 +299,7 @@ class Ledger(Records):
 
 
 def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
-    """Apply a hook point's lens to the model's tensor, and return a tensor with the axes of the hook point.
+    """Return the model's tensor with the axes of the hook point, after the hook point's view or basis is applied.
 
     Raises:
         TraceMismatchError: If the tensor's dtype differs from the trace, or if the length of an axis that is neither
