@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from looped import ROWS, Squashed, assert_equals_the_loop, by_hand, parts, strategy_of, total
-from models import build
+from models import MODELS, build
 from torch import Tensor, nn
 
 from chanpatch import edit, errors, hook_points, patch_in, patched, resample_ablate, sweep, zero_ablate
@@ -357,6 +357,20 @@ def test_one_patch_at_every_hook_point_equals_the_loop_in_a_fold(name: str) -> N
     assert_equals_the_loop(points, inputs, {each: edit(points.site(each), Scale(2.0)) for each in names})
     patches = {(each, f): edit(points.site(each), Scale(f)) for each in names for f in (0.5, 2.0)}
     assert_equals_the_loop(points, inputs, patches, max_bytes=2**14)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patches_at_one_hook_point_equal_the_loop_after_skipped_modules(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    model = build(name)
+    inputs = model.inputs(ROWS)
+    points = hook_points(model.module, *inputs)
+    for each, point in points.items():
+        if not point.read_only and point.dtype.is_floating_point:
+            patches = {factor: edit(points.site(each), Scale(factor)) for factor in (-1.0, 0.5, 2.0)}
+            assert_equals_the_loop(points, inputs, patches)
 
 
 def test_a_batch_axis_that_is_not_the_first_is_folded() -> None:
