@@ -140,7 +140,7 @@ def test_verify_compares_a_run_with_the_receipt(folder: Path, capsys: pytest.Cap
     ("reference", "message"),
     [
         ("my_model", "'my_model' does not have the form module:callable, such as my_model:example.\n"),
-        ("my_modle:example", "No module named 'my_modle'. Run the command in the folder of my_modle.py.\n"),
+        ("my_modle:example", "No module named 'my_modle'. Run the command in the folder that contains my_modle.py.\n"),
         ("my_model:exampel", "The module my_model has no callable 'exampel'. Did you mean 'example'?\n"),
         (
             "my_model:alone",

@@ -368,15 +368,15 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,
             "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead: constant over the background), "
-            "too few for different controls of size 1 with count=29. Use a smaller count, or a site that selects fewer "
-            "channels.",
+            "too few for count=29: each control must be a different set of size 1. Use a smaller count, or a site that "
+            "selects fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
             SiteError,
             "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead: constant over the background), "
-            "too few for different controls of size 16 with count=1. Use a smaller count, or a site that selects fewer "
-            "channels.",
+            "too few for count=1: each control must be a different set of size 16. Use a smaller count, or a site that "
+            "selects fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),

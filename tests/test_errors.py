@@ -443,7 +443,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a distribution that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(Halved(torch.tensor([0.0, 4.0])), (Attr("logits"),), torch.zeros(2)),
-        "Halved is not a torch.distributions class, so chanpatch cannot create a copy with other parameters. Have "
+        "Halved is not a torch.distributions class, so chanpatch cannot create a copy with patched parameters. Have "
         "the model return a torch.distributions class, or the parameters as tensors.",
     ),
     "a region of a sparse tensor": (
@@ -707,7 +707,7 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
         "There is no tensor at '0.out[0]' in this forward pass: found NoneType in Tensor. Call hook_points() "
-        "with inputs like the ones in this forward pass, and use the listed names."
+        "with inputs like the ones in this forward pass, and use the names that it lists."
     )
 
 

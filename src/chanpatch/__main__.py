@@ -109,7 +109,7 @@ def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as fault:
-        raise ValueError(f"{fault}. Run the command in the folder of {name.partition('.')[0]}.py.") from None
+        raise ValueError(f"{fault}. Run the command in the folder that contains {name.partition('.')[0]}.py.") from None
     if not callable(function := getattr(module, attribute, None)):
         hint = did_you_mean(attribute, [each for each, value in vars(module).items() if callable(value)])
         raise ValueError(f"The module {name} has no callable '{attribute}'.{hint}")
@@ -123,7 +123,7 @@ def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
 
 
 def _doctor() -> str:
-    """Return a text that lists versions, devices and optional packages."""
+    """Return a report of versions, devices and optional packages."""
     cuda = ", ".join(torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count()))
     lines = [
         f"Python {platform.python_version()}, {platform.platform()}",

@@ -152,9 +152,9 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 class Collector:
     """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
-    `run` restores the model between forward passes, and `error` is the exception class to raise. If `where` is a
-    tensor, the tensor has one row for each input, or a single row for all inputs. `known` maps names of inputs (such as
-    `"clean"`) to results that workers have already computed.
+    `run` is the context that restores the model between forward passes, and `error` is the class of the exceptions that
+    the methods raise. If `where` is a tensor, the tensor has one row for each input, or a single row for all inputs.
+    `known` maps names of inputs (such as `"clean"`) to results that workers have already computed.
     """
 
     run: undisturbed
@@ -174,7 +174,7 @@ class Collector:
         *,
         finite: bool = True,
     ) -> Collector:
-        """Return a collector that already contains the results for the named inputs, which workers compute.
+        """Compute the results for the named inputs in workers, and return a collector that contains these results.
 
         The workers run the same batches as `caches` would, so the results are identical. Do not call this method inside
         the context `run`, because threads wait for `run` to end. If `executor` is None, return this collector.

@@ -46,7 +46,7 @@ class MatchedChannels(Records, Sequence[Site]):
         apart: For each control, the mean absolute difference in mean activation between the control's channels and the
             site's channels. The difference is divided by the standard deviation of the mean activation over the other
             live channels, and is NaN if all of these channels have the same mean activation.
-        pool: Number of channels, nearest in mean activation, from which each of a control's channels was drawn.
+        pool: Number of candidates for each channel of a control: the channels nearest in mean to the site's channel.
         live: Number of live channels other than the site's own. If `pool` equals `live`, the controls are not matched.
         no_p: Reason why ranks among the controls have no p-values, or an empty string. For example, if nearly all
             controls have smaller means than the site, any effect that grows with the activation would rank first.
@@ -145,8 +145,8 @@ def matched_channels(
     if math.comb(len(others), len(target)) < count:
         raise SiteError(
             f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead: constant "
-            f"over the background), too few for different controls of size {len(target)} with count={count}. Use a "
-            f"smaller count, or a site that selects fewer {axis}s."
+            f"over the background), too few for count={count}: each control must be a different set of size "
+            f"{len(target)}. Use a smaller count, or a site that selects fewer {axis}s."
         )
     generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}

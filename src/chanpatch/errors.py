@@ -45,7 +45,7 @@ class UnreachedError(ChanpatchError, RuntimeError):
 
 
 class ConcurrencyError(ChanpatchError, RuntimeError):
-    """Raised when a context is used from another thread, or when a copy of a currently patched module runs."""
+    """Raised when a model patched or recorded in one thread runs in another, or a copy of a patched module runs."""
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):

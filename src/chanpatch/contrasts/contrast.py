@@ -50,7 +50,7 @@ def contrast(
         sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, and skips sites with the
             same activations as an earlier site.
         reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. Recurrent layers,
-            heads and other parts of a split axis are compared separately unless an einops pair combines them.
+            heads and other parts of a split axis are compared separately unless an einops pattern combines them.
         where: Elements to reduce, as in `recording`; a mask has one row per pair or a single row. At least one element
             of each input and channel must be selected.
         background: At least two inputs from which to measure each channel's usual variation, in the same format as
@@ -60,8 +60,8 @@ def contrast(
         clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
         seed: Random seed for the sign flips.
         batch_size: Number of inputs per forward pass.
-        executor: Executor whose workers share the batches, as for `sweep`. The result is identical. A background that
-            is an iterable is read in full first.
+        executor: Executor whose workers share the batches, as for `sweep`. The result is the same as without an
+            executor. A background that is an iterable is read in full first.
 
     Raises:
         HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.

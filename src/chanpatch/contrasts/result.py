@@ -93,7 +93,7 @@ class Contrast(Effects):
 
         Raises:
             SiteError: If the batch axis is unknown or not in `over`, or `over` contains an unknown axis.
-            ContrastError: If `where` selects nothing for an element of the mean.
+            ContrastError: If `where` selects no activations to average for an element of the vector.
 
         References:
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
@@ -125,7 +125,7 @@ class Contrast(Effects):
         return (means[0] - means[1]).to(point.dtype)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with the channel's site, numbers and note, and with `no_p`."""
+        """Return one record per channel, with the channel's site, statistics and note, and with `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

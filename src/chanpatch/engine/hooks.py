@@ -78,7 +78,7 @@ class Station:
         return station
 
     def _put(self, module: Any, number: int, hook: _Hook) -> None:
-        """Add the first (`number` 0) or last (1) forward hook like `register_forward_hook`, but with our own key."""
+        """Add a forward hook, under our own key, that runs before (`number` 0) or after (1) all other forward hooks."""
         key = self._keys[number]
         module._forward_hooks_with_kwargs[key] = module._forward_hooks_always_called[key] = True
         module._forward_hooks[key] = hook
@@ -166,7 +166,7 @@ class Station:
             self.order()
             raise UnsupportedModelError(
                 f"A pre-hook was registered on this {type(module).__name__} while a patch was active, and would "
-                "receive the patched input. Register the pre-hook before you apply the patch, or repeat this call."
+                "receive the patched input. Register the pre-hook before you apply the patch, or call the model again."
             )
         given: Any = (args, kwargs)
         changed = given

@@ -82,8 +82,8 @@ def _copied(argument: Any, memo: dict[int, Any]) -> Any:
 
     Raises:
         UnsupportedModelError: If the argument is a custom object that contains tensors that require gradients. The
-            model may change such an object, for example extend a key-value cache. Every later forward pass would then
-            have different inputs.
+            model may change such an object, for example by extending a key-value cache. Every later forward pass would
+            then have different inputs.
     """
     if isinstance(argument, nn.Module):  # a module may be part of the model
         return argument

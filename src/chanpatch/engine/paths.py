@@ -200,7 +200,7 @@ def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distri
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
         raise UnsupportedModelError(
-            f"{kind.__name__} is not a torch.distributions class, so chanpatch cannot create a copy with other "
+            f"{kind.__name__} is not a torch.distributions class, so chanpatch cannot create a copy with patched "
             "parameters. Have the model return a torch.distributions class, or the parameters as tensors."
         )
     derived = set().union(*_ALTERNATIVES) - set(_parameters(distribution))

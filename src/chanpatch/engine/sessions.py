@@ -78,7 +78,7 @@ class Listener:
             raise TraceMismatchError(
                 f"There is no tensor at '{self.place.name}' in this forward pass: found {type(leaf).__name__} in "
                 f"{type(tree).__name__}. Call hook_points() with inputs like the ones in this forward pass, and use "
-                "the listed names."
+                "the names that it lists."
             )
         if leaf.is_nested:
             raise UnsupportedModelError(nested(self.place.name))
@@ -341,7 +341,7 @@ class Session:
         """Return whether a place refers to the current call to the place's module or tap.
 
         Raises:
-            HookPointError: If the place needs a call index but has none, or if its call index cannot be used.
+            HookPointError: If the place needs a call index but has none, or has one although calls cannot be counted.
             TraceMismatchError: If the module or tap was called more often than in the trace.
         """
         if self.root_call is None:

@@ -13,7 +13,7 @@ from ..errors import UnsupportedModelError
 class Step(NamedTuple):
     """One step on the path from the root of a model to one of the model's modules.
 
-    `children` is the dict of the children of the parent of `module`, and `key` is the key of `module` in this dict.
+    `children` is the parent's dict of child modules, and `key` is the key of `module` in this dict.
     """
 
     name: str

@@ -165,7 +165,7 @@ class _Run:
                 self._answer(*self._held.pop(0))
 
     def _answer(self, number: int, digests: Sequence[str]) -> None:
-        """Submit a part again after a worker asked for bytes. Send the bytes unless all workers should have them."""
+        """Submit a part again after a worker asked for bytes. Send them unless all workers should already have them."""
         is_sent = self._unsent > 0 or number in self._asked
         self._unsent -= is_sent and self._unsent > 0
         self._asked.add(number)
