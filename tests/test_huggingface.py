@@ -341,7 +341,8 @@ def test_the_two_lengths_of_an_encoder_and_a_decoder_are_free_if_they_are_equal_
         (
             IDS,
             lambda model: {"past_key_values": model(IDS).past_key_values},
-            "the inputs contain a cache (DynamicCache), whose length would not grow. Trace without this cache.",
+            "to find the axes that grow with this axis, the model runs on inputs with one more entry, but a cache "
+            "(DynamicCache) in the inputs would keep its length. Trace without this cache.",
         ),
         (
             IDS,

@@ -247,7 +247,7 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Format a p-value for a table: `-` for NaN, `<0.001` for smaller values, otherwise two significant digits."""
+    """Format a p-value for a table: `-` for NaN, `<0.001` if `p < 0.001`, otherwise two significant digits."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"

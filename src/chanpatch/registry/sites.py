@@ -37,8 +37,8 @@ class Along:
 class Site:
     """A region of the activation at a hook point, which can be read or written.
 
-    Indices work as in Python and may be negative. An axis without an index is selected in full. A region keeps all axes
-    of the hook point. Index lists along several axes select the Cartesian product of the lists.
+    Indices work as in Python and may be negative, but an int index keeps its axis, with length 1. An axis without an
+    index is selected in full. Index lists along several axes select the Cartesian product of the lists.
 
     Args:
         name: Name of the hook point.
@@ -70,7 +70,7 @@ class Site:
         """Return one site per selected index along an axis, in order.
 
         Raises:
-            SiteError: If the axis does not exist, or if the selected indices depend on an unknown length of the axis.
+            SiteError: If the axis does not exist, or if its length is unknown but needed to find the selected indices.
         """
         chosen, point = dict(self.indices).get(axis), self.point
         if isinstance(chosen, Flags):
@@ -106,7 +106,7 @@ class Site:
         Args:
             axis: Axis that the coordinates replace, such as `"channel"`.
             basis: `Directions`, `PCA`, or another object, such as a sparse autoencoder, with two methods:
-                `encode(activation)` maps shape `(..., axis)` to `(..., component)`, and `decode(coordinates)` back.
+                `encode` maps activations `(..., axis)` to coordinates `(..., component)`, and `decode` maps them back.
             indices: Indices along `component` and the other axes.
 
         Raises:
@@ -138,7 +138,7 @@ class Site:
         return other
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Map the number of each indexed axis to the selected positions. Raise SiteError for a bad axis or index."""
+        """Map the index of each restricted axis to the selected positions. Raise SiteError for a bad axis or index."""
         found: dict[int, slice | list[int]] = {}
         faults = []
         for axis, selection in self.indices:
@@ -175,7 +175,7 @@ class Site:
 
 
 def _selections(name: str, indices: Mapping[str, Any]) -> tuple[tuple[str, Selection], ...]:
-    """Convert a site's indices by axis to sorted pairs of axis and selection."""
+    """Convert a dict from axis names to indices into pairs (axis, selection), sorted by axis."""
     return tuple(sorted((axis, selection_of(name, axis, index)) for axis, index in indices.items()))
 
 
@@ -230,7 +230,7 @@ class HookPoint(Place):
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Names of axes that separate unrelated channels: layer, head, and other axes split off a channel axis."""
+        """Names of axes that separate unrelated channels: layer, head, and axes that a view splits off channels."""
         lens = self.lens.base.lens if isinstance(self.lens, Coordinates) else self.lens
         groups = [{*group} for group in lens.groups] if isinstance(lens, View) else []
         split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))
@@ -312,8 +312,8 @@ def coordinates(site: Site, point: HookPoint) -> HookPoint:
     axis, basis = site.basis.axis, site.basis.basis
     if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
         raise SiteError(
-            f"A basis needs an axis with a fixed length, but '{axis}' is not such an axis of '{point.name}', whose "
-            f"axes are ({', '.join(point.axes)}).{did_you_mean(axis, point.axes)}"
+            f"A basis can replace only an existing axis with a fixed length, not '{axis}'. Hook point '{point.name}' "
+            f"has axes ({', '.join(point.axes)}).{did_you_mean(axis, point.axes)}"
         )
     missing = [name for name in ("encode", "decode") if not callable(getattr(basis, name, None))]
     if missing:

@@ -41,9 +41,9 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 class Trace:
     """The tensors at all hook points in one run of a model, with axis names.
 
-    `views` maps places to axis names from the user, which override inferred names. `totals` maps the id of each
-    parameter to the parameter's sum before the run. During the run, these sums are compared with the current sums, to
-    detect changed parameters. `infers_names` is False if only the shapes are needed.
+    `views` maps each `_Place` to a View with axis names from the user, which override inferred names. `totals` maps the
+    id of each parameter to the parameter's sum before the run. During the run, these sums are compared with the current
+    sums, to detect changed parameters. `infers_names` is False if only the shapes are needed.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ def _refuse_shared_names(trace: Trace) -> None:
 
 
 def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[_Place, View]:
-    """Map each place that matches a pattern in `axes` to a View with the axis names given for the pattern."""
+    """Map each `_Place` whose hook point matches a pattern in `axes` to a View with the pattern's axis names."""
     given: dict[_Place, View] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -307,7 +307,8 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
     caches = [type(each).__name__ for each in (*inputs, *keywords.values()) if hasattr(each, "get_seq_length")]
     if caches:
         raise SiteError(
-            f"{given}: the inputs contain a cache ({caches[0]}), whose length would not grow. Trace without this cache."
+            f"{given}: to find the axes that grow with this axis, the model runs on inputs with one more entry, but a "
+            f"cache ({caches[0]}) in the inputs would keep its length. Trace without this cache."
         )
     for path, tensor in tensors:
         if tensor is not tensors[0][1] and first[axis] in (*tensor.shape[:axis], *tensor.shape[axis + 1 :]):

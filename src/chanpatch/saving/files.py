@@ -30,8 +30,8 @@ class Contents(Records):
 
     Attributes:
         patches: Patches in the order in which they are applied.
-        hook_points: For each patch, a text with the module type, axes, shape and dtype of the patch's hook point; None
-            if the site was not traced.
+        hook_points: For each patch, a string with the module type, axes, shape and dtype of the patch's hook point;
+            None if the site was not traced.
         chanpatch: Version of chanpatch that saved the file.
         receipt: Receipt for the run with the patches; None if the patches were saved without inputs.
         checksum: SHA-256 checksum of the operands and the metadata, which is verified when the file is read; None for a
@@ -172,7 +172,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
 
 
 def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module, inputs: Inputs) -> Receipt:
-    """Verify that the run recorded in a file is reproduced bit for bit, and return the file's receipt.
+    """Repeat the saved run, verify that the output is the same bit for bit, and return the file's receipt.
 
     Args:
         file: Path of a file written by `save` with inputs.

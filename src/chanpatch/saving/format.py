@@ -163,7 +163,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, because a text from an untrusted file could use them to control the terminal."""
+    """Escape control characters, because text from an untrusted file could use them to control the terminal."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
@@ -172,7 +172,8 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     if type(edit) not in _EDITS.values():
         raise InterventionError(
             f"its edit {edit_name(edit)} is code, but a file can only contain data. Express the edit with "
-            f"{', '.join(_EDITS)} from chanpatch.patching; several patches at one site apply in order."
+            f"{', '.join(_EDITS)} from chanpatch.patching, or with several such patches at the same site, which are "
+            "applied in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(

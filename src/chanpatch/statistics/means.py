@@ -118,7 +118,7 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
     """Return an interval with the given note.
 
     Both endpoints are set to NaN if the note is a reason to withhold the interval, or if `low` or `high` is not finite.
-    In the second case, the note of the result is the reason.
+    In the second case, an empty note or the note `"few"` is replaced by the reason.
     """
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"

@@ -47,7 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Count the pairs in which both inputs, only the first input, only the second input, or neither input succeeded.
+    """Count the pairs with a success in both arguments, only in `first`, only in `second`, or in neither.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
