@@ -309,8 +309,8 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
             f"reduce={reduce!r} keeps the axes named batch, channel and feature, but {site!r} has unnamed axes: "
-            f"({', '.join(axes)}). Name these axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass an "
-            "einops pair."
+            f"({', '.join(axes)}). Name these axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass a "
+            "pair such as ('b c h w -> b c', 'sum')."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 

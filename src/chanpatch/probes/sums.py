@@ -45,8 +45,8 @@ def channel_sums(
         where: Elements to reduce, as in `recording`; a mask has one row per input or a single row. A sum over no
             elements is NaN.
         batch_size: Number of inputs per forward pass. Batches from an iterable are not split.
-        executor: Executor whose workers share the batches, as for `sweep`. The result is identical. An iterable is read
-            in full first.
+        executor: Executor whose workers share the batches, as for `sweep`. The sums are identical to those without an
+            executor. If `inputs` is an iterable, all batches are read before the first one is sent.
 
     Raises:
         HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
