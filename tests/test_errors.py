@@ -479,8 +479,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
         "reduce='sum' keeps the axes named batch, channel and feature, but Site('.out') has unnamed axes: (batch, "
-        "axis1). Name these axes with hook_points(..., axes={'.out': (...)}), or pass a pair such as ('b c h w -> b c', "
-        "'sum').",
+        "axis1). Name these axes with hook_points(..., axes={'.out': (...)}), or pass a pair such as "
+        "('b c h w -> b c', 'sum').",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
