@@ -348,7 +348,7 @@ def test_the_two_lengths_of_an_encoder_and_a_decoder_are_free_if_they_are_equal_
             IDS,
             lambda model: {"attention_mask": torch.zeros(3, 1, 5, 5)},
             "another input has shape (3, 1, 5, 5), so length 5 does not identify a single axis. Trace with a length "
-            "that no other axis has, or without this input.",
+            "that no other axis has, or without that other input.",
         ),
     ],
 )

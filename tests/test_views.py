@@ -303,7 +303,7 @@ def test_an_input_with_the_length_on_another_axis_is_an_error():
         hook_points(Masked(), torch.randn(3, 5, 8), torch.ones(3, 5, 5), free={"position": 1})
     assert str(caught.value) == (
         "free={'position': 1}: another input has shape (3, 5, 5), so length 5 does not identify a single axis. Trace "
-        "with a length that no other axis has, or without this input."
+        "with a length that no other axis has, or without that other input."
     )
 
 

@@ -192,8 +192,8 @@ def test_a_name_that_is_no_text_is_refused():
     [
         ({"channel": 8}, "channel 8 is out of range"),
         ({"channel": -9}, "channel -9 is out of range"),
-        ({"channel": [0, 9, 10]}, "channel 9, 10 are out of range"),
-        ({"channel": range(100)}, "channel 8, 9, 10, 11, 12, 13, 14, 15 and 84 more are out of range"),
+        ({"channel": [0, 9, 10]}, "channel indices 9, 10 are out of range"),
+        ({"channel": range(100)}, "channel indices 8, 9, 10, 11, 12, 13, 14, 15 and 84 more are out of range"),
         ({"channel": [*range(8), *[0] * 100_000]}, "channel 0 is listed twice"),
         ({"channel": [7, -1]}, "channel 7 is listed twice"),
         ({"channel": slice(8, None)}, "channel=8: selects nothing"),

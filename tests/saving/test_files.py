@@ -364,11 +364,11 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         ),
         "3 errors:\n"
         "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only contain "
-        "data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching, or with "
+        "data. Use one of Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching, or "
         "several such patches at the same site, which are applied in order.\n"
         "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
-        "contain data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching, or "
-        "with several such patches at the same site, which are applied in order.\n"
+        "contain data. Use one of Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching, or "
+        "several such patches at the same site, which are applied in order.\n"
         "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its `where` is a function, but a file can only "
         "contain data. Instead, pass the bool tensor that the function returns.",
     ),

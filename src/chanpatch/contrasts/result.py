@@ -125,7 +125,7 @@ class Contrast(Effects):
         return (means[0] - means[1]).to(point.dtype)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with the channel's site, statistics and note, and with `no_p`."""
+        """Return one record per channel: its site, statistics and note, and the result's `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

@@ -303,7 +303,7 @@ def drop(module: nn.Module, keys: Iterable[Any]) -> None:
 
 
 class Undoable:
-    """Context whose `_undo` is repeated after an interrupt. `_undo` also runs if the context is freed while open."""
+    """Context that runs `_undo` on exit or when freed while open, and again if an interrupt stops `_undo` partway."""
 
     # Nothing that a context changes may refer to the context, because the context would then not be freed.
 

@@ -99,7 +99,8 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
     outside = [str(position) for position in selection if not -length <= position < length]
     if outside:
         more = f" and {len(outside) - 8} more" * (len(outside) > 8)
-        raise ValueError(f"{axis} {', '.join(outside[:8])}{more} {'is' if len(outside) == 1 else 'are'} out of range")
+        several = f"indices {', '.join(outside[:8])}{more} are" if len(outside) > 1 else f"{outside[0]} is"
+        raise ValueError(f"{axis} {several} out of range")
     chosen = [position % length for position in selection]
     if len(set(chosen)) < len(chosen):
         twice = next(position for position, times in Counter(chosen).items() if times > 1)

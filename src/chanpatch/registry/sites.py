@@ -230,7 +230,7 @@ class HookPoint(Place):
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """Names of axes that separate unrelated channels: layer, head, and axes that a view splits off channels."""
+        """Names of axes that separate unrelated channels: layer, head, and axes that a view makes from channels."""
         lens = self.lens.base.lens if isinstance(self.lens, Coordinates) else self.lens
         groups = [{*group} for group in lens.groups] if isinstance(lens, View) else []
         split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))

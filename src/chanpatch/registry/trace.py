@@ -314,7 +314,7 @@ def _longer_inputs(trace: Trace, name: str, axis: int, inputs: Any, keywords: An
         if tensor is not tensors[0][1] and first[axis] in (*tensor.shape[:axis], *tensor.shape[axis + 1 :]):
             raise SiteError(
                 f"{given}: another input has shape {tuple(tensor.shape)}, so length {first[axis]} does not identify "
-                "a single axis. Trace with a length that no other axis has, or without this input."
+                "a single axis. Trace with a length that no other axis has, or without that other input."
             )
         if tensor.dim() > axis and tensor.shape[axis] == first[axis]:
             last = tensor.narrow(axis, first[axis] - 1, 1)

@@ -171,8 +171,8 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     edit: Any = patch.edit
     if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express the edit with "
-            f"{', '.join(_EDITS)} from chanpatch.patching, or with several such patches at the same site, which are "
+            f"its edit {edit_name(edit)} is code, but a file can only contain data. Use one of "
+            f"{', '.join(_EDITS)} from chanpatch.patching, or several such patches at the same site, which are "
             "applied in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
