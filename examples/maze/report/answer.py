@@ -55,6 +55,8 @@ PREDICTED = {
     "counterfactual": Estimate("effects", "effect", "+.2f", _BEST, title="P(cheese),\ncounterfactual"),
     "dose": Estimate("slope", "slope", "+.2f", title="P(cheese),\nper unit of dose"),
 }
+# P(cheese) without the direction, which the first page states beside the choice on decision squares.
+EPISODES = Estimate("episodes", "effect", "+.2f", {"projected": direction.OWN})
 # The number that decides each part.
 NUMBERS = PREDICTED | {
     "pair": Estimate("falls", "share", ".0%", n="pairs"),

@@ -20,10 +20,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from maze.analysis.cells import Tables, read_table
+from maze.analysis.cells import Tables, above, below, read_table
 from maze.analysis.part import Finding, Part
 from maze.policy.shipped import shipped_name
-from maze.report.answer import CONFIRMED, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, status
+from maze.report.answer import CONFIRMED, EPISODES, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, status
 from maze.report.figures import CHANNEL, TEXT, argument
 from maze.report.limits import limits
 from maze.results import Damaged, read_manifest, replace_text, replaced
@@ -186,6 +186,6 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters["uri"] = _uri
-    templates.globals |= {"numbers": NUMBERS, "predicted": PREDICTED}
-    templates.globals |= {each.__name__: each for each in (corrected, limits, shipped_name)}
+    templates.globals |= {"numbers": NUMBERS, "predicted": PREDICTED, "episodes": EPISODES}
+    templates.globals |= {each.__name__: each for each in (above, below, corrected, limits, shipped_name)}
     return templates

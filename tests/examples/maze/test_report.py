@@ -34,7 +34,7 @@ def splits(first, rows):
     return [{"split": split, **first, **row} for split in SPLITS for row in rows]
 
 
-def tables():
+def tables(episodes=-0.19):
     """Tables of every part: the number that decides it, and all that a figure is drawn from."""
     found = {}
     for part, each in NUMBERS.items():
@@ -61,6 +61,7 @@ def tables():
     found["direction"]["choices"] = [
         {"projected": name, **estimated(0.3, "to_cheese", "log_odds_change")} for name in names
     ]
+    found["direction"]["episodes"] = [{"projected": direction.OWN, **estimated(episodes, "effect")}]
     found["counterfactual"]["effects"] = splits({"channels": counterfactual.BEST}, [estimated(-0.2, "effect")])
     found["spatial"] |= {
         "pixels": [{"row": row, "grey": "x" + "80" * 64} for row in range(64)],
@@ -75,7 +76,7 @@ def figure(tables):
     return drawn
 
 
-def written(folder, policies, agrees="yes", only=None):
+def written(folder, policies, agrees="yes", only=None, episodes=-0.19):
     parts = {
         name: replace(part, figure=figure, finding=lambda tables: Finding("12 of 13.", agrees, "So it is."))
         for name, part in PARTS.items()
@@ -83,7 +84,7 @@ def written(folder, policies, agrees="yes", only=None):
     }
     for policy in policies:
         for name in parts:
-            for table, rows in tables()[name].items():
+            for table, rows in tables(episodes)[name].items():
                 replace_table(folder / policy / name / f"{table}.csv", rows)
             write_manifest(folder / policy / name, {"part": name, **FACTS, "seconds": 60.0})
     write_report(
@@ -218,24 +219,41 @@ def test_a_prediction_is_confirmed_by_its_criteria_and_its_corrected_p_value(agr
     assert status(None, p) == "not measured"
 
 
-def test_the_answer_has_three_sentences_that_follow_from_the_predictions(main, tmp_path):
-    def answer(html):
-        return html[html.index("id='answer'>") :].split("</p>")[0].partition(">")[2].replace("&#39;", "'")
+def answer(folder):
+    page = (folder / "report.html").read_text()
+    return page[page.index("id='answer'>") :].split("</p>")[0].partition(">")[2].replace("&#39;", "'")
 
-    assert answer(main) == (
+
+def test_the_answer_has_a_sentence_per_prediction(folder, tmp_path):
+    assert answer(folder) == (
         "The corner is the mouse's default, which the cheese corrects less out of distribution than in it. A few "
-        "channels, the best of each direction, carry much of the cheese's effect; the mouse finds the cheese less "
-        "often if these channels act as without it. One direction of relu3, “the corner is UP”, carries much of the "
-        "preference for the corner; the mouse finds the cheese less often the higher the UP channel is scaled."
-    )
-    assert answer((written(tmp_path, ["mine"], "in part", ("share", "direction")) / "report.html").read_text()) == (
-        "It was not measured whether the corner is the mouse's default, which the cheese corrects less out of "
-        "distribution than in it. It is confirmed only in part that a few channels, the best of each direction, carry "
-        "much of the cheese's effect; it was not measured whether the mouse finds the cheese less often if these "
-        "channels act as without it. It is confirmed only in part that one direction of relu3, “the corner is UP”, "
-        "carries much of the preference for the corner; it was not measured whether the mouse finds the cheese less "
+        "channels, the best of each direction, carry much of the cheese's effect. The mouse finds the cheese less "
+        "often if these channels act as they do without the cheese. One direction of relu3, “the corner is UP”, "
+        "carries much of the preference for the corner. Over whole episodes, the mouse finds the cheese less often "
+        "without this direction: P(cheese) changes by -0.19 (-0.29 to -0.09), n=200. The mouse finds the cheese less "
         "often the higher the UP channel is scaled."
     )
+    assert answer(written(tmp_path, ["mine"], "in part", ("share", "direction"))) == (
+        "It was not measured whether the corner is the mouse's default, which the cheese corrects less out of "
+        "distribution than in it. A few channels, the best of each direction, carry much of the cheese's effect. This "
+        "prediction is confirmed only in part. It was not measured whether the mouse finds the cheese less often if "
+        "these channels act as they do without the cheese. One direction of relu3, “the corner is UP”, carries much of "
+        "the preference for the corner. This prediction is confirmed only in part. Over whole episodes, the mouse "
+        "finds the cheese less often without this direction: P(cheese) changes by -0.19 (-0.29 to -0.09), n=200. It "
+        "was not measured whether the mouse finds the cheese less often the higher the UP channel is scaled."
+    )
+
+
+@pytest.mark.parametrize(("effect", "change"), [(0.19, "more often"), (0.01, "about as often")])
+def test_the_answer_states_in_which_direction_the_mouse_changes_over_whole_episodes(effect, change, tmp_path):
+    folder = written(tmp_path, ["mine"], only=("direction",), episodes=effect)
+    assert f"the mouse finds the cheese {change} without this direction: P(cheese) changes by +{effect} (" in answer(
+        folder
+    )
+
+
+def test_the_answer_is_silent_about_whole_episodes_that_were_not_measured(tmp_path):
+    assert "Over whole episodes" not in answer(written(tmp_path, ["mine"], only=("share",)))
 
 
 def test_the_number_that_decides_a_part_is_the_first_that_was_measured():
