@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from maze.report.answer import NUMBERS, PREDICTED, corrected, status
 from maze.report.page import write_report
 from maze.results import replace_table, write_manifest
 
+DOCS = Path(__file__).parents[3] / "docs" / "maze_study"
 N = 200
 POLICIES = ["width4", "imitation", "control", "reward", "seed1", "seed2"]
 FACTS = {"weights": "0" * 64, "weights_name": "mine.pth", "width": 4, "n": N, "seed": 0, "versions": {"python": "3.11"}}
@@ -117,6 +119,14 @@ def test_the_first_page_has_at_most_350_words(main):
     assert 200 < len(words(first)) <= 350
     assert first.count("<a href='#part-") == 3  # the three numbers
     assert first.count("<img") == 1
+
+
+def test_the_committed_first_page_has_at_most_350_words_and_states_the_result_over_whole_episodes():
+    page = (DOCS / "report.html").read_text()
+    first = page[page.index("<main>") : page.index("</section>")]
+    assert len(words(first)) <= 350
+    for text in (first, (DOCS / "report.md").read_text()):
+        assert "the mouse finds the cheese less often without this direction: -0.19 (-0.27 to -0.11), n=100." in text
 
 
 def test_the_main_part_has_at_most_4000_words_and_700_numbers(main):
@@ -228,28 +238,26 @@ def test_the_answer_has_a_sentence_per_prediction(folder, tmp_path):
     assert answer(folder) == (
         "The corner is the mouse's default, which the cheese corrects less out of distribution than in it. A few "
         "channels, the best of each direction, carry much of the cheese's effect. The mouse finds the cheese less "
-        "often if these channels act as they do without the cheese. One direction of relu3, “the corner is UP”, "
-        "carries much of the preference for the corner. Over whole episodes, the mouse finds the cheese less often "
-        "without this direction: P(cheese) changes by -0.19 (-0.29 to -0.09), n=200. The mouse finds the cheese less "
-        "often the higher the UP channel is scaled."
+        "often if these channels act as without the cheese. One direction of relu3, “the corner is UP”, carries much "
+        "of the preference for the corner. Over whole episodes, the mouse finds the cheese less often without this "
+        "direction: -0.19 (-0.29 to -0.09), n=200. The mouse finds the cheese less often the higher the UP channel is "
+        "scaled."
     )
     assert answer(written(tmp_path, ["mine"], "in part", ("share", "direction"))) == (
         "It was not measured whether the corner is the mouse's default, which the cheese corrects less out of "
         "distribution than in it. A few channels, the best of each direction, carry much of the cheese's effect. This "
-        "prediction is confirmed only in part. It was not measured whether the mouse finds the cheese less often if "
-        "these channels act as they do without the cheese. One direction of relu3, “the corner is UP”, carries much of "
-        "the preference for the corner. This prediction is confirmed only in part. Over whole episodes, the mouse "
-        "finds the cheese less often without this direction: P(cheese) changes by -0.19 (-0.29 to -0.09), n=200. It "
-        "was not measured whether the mouse finds the cheese less often the higher the UP channel is scaled."
+        "is confirmed only in part. It was not measured whether the mouse finds the cheese less often if these "
+        "channels act as without the cheese. One direction of relu3, “the corner is UP”, carries much of the "
+        "preference for the corner. This is confirmed only in part. Over whole episodes, the mouse finds the cheese "
+        "less often without this direction: -0.19 (-0.29 to -0.09), n=200. It was not measured whether the mouse finds "
+        "the cheese less often the higher the UP channel is scaled."
     )
 
 
 @pytest.mark.parametrize(("effect", "change"), [(0.19, "more often"), (0.01, "about as often")])
 def test_the_answer_states_in_which_direction_the_mouse_changes_over_whole_episodes(effect, change, tmp_path):
     folder = written(tmp_path, ["mine"], only=("direction",), episodes=effect)
-    assert f"the mouse finds the cheese {change} without this direction: P(cheese) changes by +{effect} (" in answer(
-        folder
-    )
+    assert f"the mouse finds the cheese {change} without this direction: +{effect} (" in answer(folder)
 
 
 def test_the_answer_is_silent_about_whole_episodes_that_were_not_measured(tmp_path):
