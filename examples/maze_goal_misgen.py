@@ -26,19 +26,18 @@ from maze.command import UserError, exit_status
 
 try:
     import numpy as np
-    import torch
     from matplotlib.figure import Figure
 
-    from chanpatch import PatchedPolicy, ThresholdProbe, channel_sums, contrast, hook_points, rollout, zero_ablate
+    from chanpatch import PatchedPolicy, ThresholdProbe, channel_sums, contrast, rollout, zero_ablate
     from chanpatch.controls import matched_channels
     from chanpatch.plots import effect_ranking, strip
     from chanpatch.policies import PairedRollouts
     from chanpatch.statistics import auc, mcnemar_exact, paired_counts, paired_difference_interval
+    from maze.analysis.forwards import channel_of, frames, load_points
     from maze.environment.moved_walls import pairs_with_a_moved_wall
     from maze.environment.vector_env import MazeVectorEnv
-    from maze.levels import draw_levels, observe, policy_input
-    from maze.paths import Direction, first_steps, legal_moves, top_right
-    from maze.policy.network import load_policy
+    from maze.levels import draw_levels
+    from maze.paths import Direction, first_steps, legal_first_steps, top_right
     from maze.report.trajectories import draw_trajectories, mouse_path
     from maze.results import check_folder, replace_table, replaced, settings_key, versions
     from maze.rollouts import kept
@@ -95,9 +94,7 @@ def main() -> int:
 def study(given: argparse.Namespace) -> None:
     """Run the six steps of the study."""
     check(given)
-    policy, weights = load_policy(given.weights)
-    policy = policy.to(memory_format=torch.channels_last)  # about twice as fast on a CPU
-    points = hook_points(policy, frames(draw_levels(2, size=9, seed=0)))
+    points, weights = load_points(given.weights)
     points.site(given.site, channel=given.channel or 0)  # raises an error if the name or the channel does not exist
     choice, drawn, control, pair = map(int, np.random.SeedSequence(given.seed).generate_state(4) % 2**30)
     print(f"Policy: {weights['name']}, width {weights['width']}, sha256 {weights['sha256'][:12]}")
@@ -110,9 +107,9 @@ def study(given: argparse.Namespace) -> None:
     background = frames(draw_levels(LEVELS, size=given.size, seed=choice, mouse="anywhere"))
     controls = matched_channels(points, site, background, count=given.controls, seed=control)
     print(f"\n4. Control channels: active channels with about the same mean activation.\n\n{controls}")
-    policies = {"original": policy}
+    policies = {"original": points.model}
     for each in (site, *controls):
-        policies[f"channel {dict(each.indices)['channel'][0]} zeroed"] = PatchedPolicy(points, zero_ablate(each))
+        policies[f"channel {channel_of(each)} zeroed"] = PatchedPolicy(points, zero_ablate(each))
 
     levels = draw_levels(given.n, size=given.size, seed=drawn, cheese="bottom right")
     known = vars(given) | {"weights": weights["sha256"], "versions": versions(), "out": None}
@@ -170,7 +167,7 @@ def sums(points: Any, given: argparse.Namespace, seed: int, cheese: str) -> dict
     """Return channel sums, and whether the paths to cheese and corner start with UP, for mazes in which UP is free."""
     levels = draw_levels(LEVELS, size=given.size, seed=seed, cheese=cheese, mouse="anywhere")
     mazes = read_mazes(levels)
-    free = legal_moves(mazes)[np.arange(len(mazes)), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    free = legal_first_steps(mazes)[:, Direction.UP]
     to_cheese, to_corner = (first_steps(mazes, target)[:, Direction.UP] for target in (mazes.cheese, top_right(mazes)))
     found = channel_sums(points, frames(levels), given.site)
     return {"sums": found[free], "cheese": to_cheese[free], "corner": to_corner[free]}
@@ -237,11 +234,6 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
     draw_trajectories(middle, levels[shown], paths)
     effect_ranking(rows, right, label="change in the fraction of levels in which the cheese is found")
     return drawn
-
-
-def frames(levels: list[bytes]) -> Any:
-    """Render levels as inputs for the policy: float32 with shape (level, channel=3, row=64, col=64)."""
-    return torch.from_numpy(policy_input(observe(levels)))
 
 
 if __name__ == "__main__":

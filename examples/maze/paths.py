@@ -65,13 +65,25 @@ def direction_field(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
     At the target, in walls and in cells without a path, no move shortens the path. At all other cells of a tree,
     exactly one move does.
     """
-    return _downhill(distances(mazes, targets))
+    distance = distances(mazes, targets)
+    here = distance[:, None]
+    return np.isfinite(here) & (_neighbors(distance, beyond=np.inf) < here)
+
+
+def at_cells(values: NDArray[Any], cells: NDArray[np.int64]) -> NDArray[Any]:
+    """Return the values at one cell per maze, (batch, ...), from values with shape (batch, ..., row, col)."""
+    found: NDArray[Any] = values[(np.arange(len(cells)), ..., *cells.T)]
+    return found
 
 
 def first_steps(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
     """Return whether each move shortens the mouse's path to the target: bool with shape (batch, direction)."""
-    row, col = mazes.mouse.T
-    return direction_field(mazes, targets)[np.arange(len(mazes)), :, row, col]
+    return at_cells(direction_field(mazes, targets), mazes.mouse)
+
+
+def legal_first_steps(mazes: Mazes) -> NDArray[np.bool_]:
+    """Return whether each move leads from the mouse's cell to a free cell: bool with shape (batch, direction)."""
+    return at_cells(legal_moves(mazes), mazes.mouse)
 
 
 def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
@@ -81,22 +93,17 @@ def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
     path makes the first possible move, in the order of `Direction`, at every square. Raises `ValueError` if a target
     cannot be reached.
     """
-    every = np.arange(len(mazes))
-    distance = distances(mazes, targets)
-    lengths = distance[(every, *mazes.mouse.T)]
-    if np.isinf(lengths).any():
-        i = int(np.argmax(np.isinf(lengths)))
-        (row, col), target = mazes.mouse[i], np.broadcast_to(targets, (len(mazes), 2))[i]
-        raise ValueError(f"Maze {i}: there is no path from the mouse at ({row}, {col}) to ({target[0]}, {target[1]}).")
-    field = _downhill(distance)
+    field, ends = direction_field(mazes, targets), np.broadcast_to(targets, (len(mazes), 2))
     cells = [mazes.mouse]
-    for _ in range(int(lengths.max(initial=0))):
-        row, col = cells[-1].T
-        moves = field[every, :, row, col]
+    while (moves := at_cells(field, cells[-1])).any():
         # A finished path stays at its end, and is cut to its length below.
         cells.append(cells[-1] + np.where(moves.any(axis=1)[:, None], MOVES[moves.argmax(axis=1)], 0))
+    for i in np.flatnonzero((cells[-1] != ends).any(axis=1)):
+        (row, col), end = mazes.mouse[i], ends[i]
+        raise ValueError(f"Maze {i}: there is no path from the mouse at ({row}, {col}) to ({end[0]}, {end[1]}).")
     walked = np.stack(cells, axis=1)
-    return [path[: int(length) + 1] for path, length in zip(walked, lengths, strict=True)]
+    lengths = (walked != ends[:, None]).any(axis=2).sum(axis=1)
+    return [path[: length + 1] for path, length in zip(walked, lengths, strict=True)]
 
 
 def decision_squares(mazes: Mazes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -115,11 +122,6 @@ def decision_squares(mazes: Mazes) -> tuple[NDArray[np.int64], NDArray[np.bool_]
     flat = total.reshape(batch, rows * cols)
     cells = np.stack(np.divmod(flat.argmin(axis=1), cols), axis=1)
     return cells, np.isfinite(flat.min(axis=1)) & (cells != cheese).any(axis=1) & (cells != corner).any(axis=1)
-
-
-def _downhill(distance: NDArray[np.float32]) -> NDArray[np.bool_]:
-    here = distance[:, None]
-    return np.isfinite(here) & (_neighbors(distance, beyond=np.inf) < here)
 
 
 def _neighbors(cells: NDArray[Any], *, beyond: float | bool) -> NDArray[Any]:

@@ -11,10 +11,10 @@ from maze.analysis import effects
 from maze.analysis.cells import shown
 from maze.analysis.effects import ablation, level_batches, p_reached, reference_of
 from maze.analysis.exact import Chains, first_hits
-from maze.analysis.forwards import SITE, activations
+from maze.analysis.forwards import SITE, activations, frames
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.tables import action_tables
-from maze.levels import draw_levels, observe, policy_input
+from maze.levels import draw_levels
 from maze.measurements import PARTS
 from maze.measurements import ablation as part
 from maze.paths import Direction
@@ -57,7 +57,7 @@ def row_of(tables, ablated, kind="zero", cheese=PLACE):
 def found_by_hand(policy, level):
     """P(cheese within 256 steps) by the powers of one dense matrix."""
     chains = Chains.of([level])
-    inputs = torch.from_numpy(policy_input(chains.observations(slice(None))))
+    inputs = frames(chains.as_levels(slice(None)))
     shares = torch.cat([policy(batch)[0].probs for batch in inputs.split(64)]).double().detach().numpy()
     end = len(chains)
     matrix = np.zeros((end + 1, end + 1))
@@ -87,7 +87,7 @@ def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     intervention = ablation(points, "resample", [7, 8], reference[SITE][None], seed=7)
     table = action_tables(points, chains, {"resampled": intervention})["resampled"]
     patch = resample_ablate(points.site(SITE, channel=[7, 8]), reference, seed=7)
-    first = torch.from_numpy(policy_input(observe(levels)))
+    first = frames(levels)
     expected = PatchedPolicy(points, patch).distribution(first).probs
     np.testing.assert_allclose(table[chains.start], expected.detach(), atol=1e-5)
 

@@ -10,7 +10,7 @@ from studies import from_files, small_study
 
 from chanpatch import patched, zero_ablate
 from maze.analysis.cells import chosen, keyed
-from maze.analysis.cheese_removed import without_cheese
+from maze.analysis.cheese_removed import mixed, without_cheese
 from maze.analysis.effects import p_reached
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import SITE, frames
@@ -69,8 +69,8 @@ def test_log_odds_are_those_of_the_whole_policy_on_both_pictures(study, seen):
 
 
 def test_all_channels_together_carry_the_whole_effect_of_the_cheese(seen):
-    assert torch.equal(seen.mixed(range(32)), seen.removed)
-    assert torch.equal(seen.mixed([]), seen.shown)
+    assert torch.equal(mixed(seen.shown, seen.removed, range(32)), seen.removed)
+    assert torch.equal(mixed(seen.shown, seen.removed, []), seen.shown)
 
 
 def test_the_share_of_a_set_is_the_mean_change_over_the_mean_change_of_all(study, tables):
@@ -79,7 +79,8 @@ def test_the_share_of_a_set_is_the_mean_change_over_the_mean_change_of_all(study
     )
     seen = without_cheese(study.points, levels)
     before = seen.odds(seen.shown)
-    part, total = (seen.odds(each) - before for each in (seen.mixed([7, 8, 24, 30]), seen.removed))
+    best = mixed(seen.shown, seen.removed, [7, 8, 24, 30])
+    part, total = (seen.odds(each) - before for each in (best, seen.removed))
     row = keyed(tables[share]["shares"], "split", "set")["out of distribution", share.BEST]
     assert row["share"] == pytest.approx(part.mean() / total.mean())
     assert row["channels"] == "7 8 24 30"

@@ -13,7 +13,7 @@ from maze.analysis.labels import LabelledChannel
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
 from maze.measurements import hypothesis as part
-from maze.measurements.hypothesis import BASE, PUSH, Pushes, towards_cheese
+from maze.measurements.hypothesis import BASE, PUSH, Pushes, prefers_cheese
 from maze.paths import Direction
 
 
@@ -72,9 +72,9 @@ def test_a_channel_that_tells_no_more_than_the_walls_do_pushes_for_no_direction(
     assert not Pushes.of(selection, [labelled(label, area)]).weights.any()
 
 
-def test_towards_the_cheese_is_its_share_of_the_two_ways():
+def test_a_mouse_prefers_the_cheese_if_its_first_step_is_likelier_than_that_to_the_corner():
     some = seen([0, 0, 0], [1, 1, 1], [[0.2, 0.6, 0.2, 0], [1, 0, 0, 0], [0, 0, 1, 0]], np.zeros((3, 1)))
-    np.testing.assert_allclose(towards_cheese(some), [0.25, 1, 0.5])
+    assert prefers_cheese(some).tolist() == [False, True, False]
 
 
 def test_accuracy_counts_levels_on_which_the_mouse_goes_one_of_the_two_ways():
@@ -98,7 +98,7 @@ def test_without_any_channel_nothing_is_ablated(study):
     some = part.at_decision_squares(study.points, levels)
     pushes = Pushes(np.zeros((4, 32)), np.zeros(32), np.ones(32))
     after = part.ablate_push(study, levels, some, pushes, 0, None)
-    before = towards_cheese(some) > 0.5
+    before = prefers_cheese(some)
     assert np.array_equal(after, np.tile(before, (20, 1)))
     assert part._ablated(before, after)["change"] == 0.0
 

@@ -1,7 +1,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from maze.analysis.vector_fields import vector_field, vector_field_difference
+from maze.analysis.vector_fields import vector_field
 
 
 def square(row, col, original, zeroed):
@@ -31,5 +31,5 @@ def test_an_arrow_is_the_mean_of_where_the_moves_lead_and_squares_that_are_never
 
 def test_a_difference_is_that_of_the_arrows_at_half_their_length():
     axes = Figure().subplots()
-    assert vector_field_difference(FIELD, "zeroed", "original", axes) is axes
+    assert vector_field(FIELD, "zeroed", axes, minus="original") is axes
     np.testing.assert_allclose(arrows(axes), [[0.25, -0.25], [0.125, -0.875]])

@@ -1,7 +1,6 @@
 import pytest
 
 from maze.analysis.cells import above, below, shown, verdict
-from maze.analysis.part import Finding
 
 
 @pytest.mark.parametrize(
@@ -31,15 +30,3 @@ def test_an_interval_on_both_sides_of_the_limit_leaves_a_claim_open(low, high, e
 @pytest.mark.parametrize("end", [None, float("nan")])
 def test_an_estimate_without_an_interval_is_told_as_such(end):
     assert shown({"x": 0.8, "x_low": end, "x_high": end}, "x", ".2f") == "0.80 (no interval)"
-
-
-@pytest.mark.parametrize(
-    ("ours", "headline"),
-    [
-        ("AUC 0.93 (0.91 to 0.95), n=500; out 0.8. Above 3.5 it is UP.", "AUC 0.93 (0.91 to 0.95), n=500; out 0.8."),
-        ("3 of 5. By the pair.", "3 of 5."),
-        ("one", "one"),
-    ],
-)
-def test_a_headline_is_the_first_sentence(ours, headline):
-    assert Finding(ours, "yes", "").headline == headline

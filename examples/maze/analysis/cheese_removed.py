@@ -1,7 +1,7 @@
 """The policy on decision squares with the cheese in the picture ("shown") and without it ("removed").
 
 seen = without_cheese(points, study.levels("purpose", size=25, cheese=SPLITS[1], mouse="decision square"))
-seen.odds(seen.shown), seen.odds(seen.mixed(channels))
+seen.odds(seen.shown), seen.odds(mixed(seen.shown, seen.removed, channels))
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch import HookPoints
-from maze.analysis.cells import Flags, Integers, Values
+from maze.analysis.cells import Integers, Values
 from maze.analysis.forwards import BATCH, SITE, activations
 from maze.analysis.tables import suffix
 from maze.paths import first_steps, top_right
@@ -37,27 +37,14 @@ class CheeseRemoved:
         """Channel sums with the cheese shown and removed: (level, channel) each."""
         return tuple(each.double().sum(dim=(2, 3)).numpy() for each in (self.shown, self.removed))
 
-    def mixed(self, channels: Sequence[int]) -> Tensor:
-        """The activation with the cheese shown, but with some channels as if the cheese were removed."""
-        return mixed(self.shown, self.removed, channels)
-
     @torch.no_grad()
-    def towards(self, activation: Tensor) -> Values:
-        """The probabilities of the first steps to the cheese and to the corner: (level, 2)."""
+    def odds(self, activation: Tensor) -> Values:
+        """The log odds of the first step to the cheese against the first step to the corner: (level,)."""
         device = next(self.policy.parameters()).device
         parts = [self.policy(batch.to(device))[0].probs.cpu().double() for batch in activation.split(BATCH)]
         moves = np.stack([torch.cat(parts).numpy()[:, list(ACTIONS[move])].sum(axis=1) for move in ACTIONS], axis=1)
-        every = np.arange(len(moves))
-        return np.stack([moves[every, self.cheese], moves[every, self.corner]], axis=1)
-
-    def odds(self, activation: Tensor) -> Values:
-        """The log odds of the first step to the cheese against the first step to the corner: (level,)."""
-        logs = np.log(np.maximum(self.towards(activation), np.finfo(np.float32).tiny))
-        return logs[:, 0] - logs[:, 1]
-
-    def to_cheese(self, activation: Tensor) -> Flags:
-        """Whether the first step to the cheese is likelier than the first step to the corner: (level,)."""
-        return self.odds(activation) > 0
+        every, logs = np.arange(len(moves)), np.log(np.maximum(moves, np.finfo(np.float32).tiny))
+        return logs[every, self.cheese] - logs[every, self.corner]
 
 
 def mixed(shown: Tensor, removed: Tensor, channels: Sequence[int]) -> Tensor:

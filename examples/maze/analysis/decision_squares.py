@@ -16,9 +16,9 @@ from chanpatch import HookPoints, ThresholdProbe
 from chanpatch.errors import ProbeError
 from maze.analysis.cells import Flags, Integers, Table, Values
 from maze.analysis.estimates import intervals
-from maze.analysis.forwards import SITE, forward, legal_at_mouse, level_sums
+from maze.analysis.forwards import SITE, forward, level_sums
 from maze.analysis.part import SPLITS, Study, open_to
-from maze.paths import Direction, distances, first_steps, top_right
+from maze.paths import Direction, at_cells, distances, first_steps, legal_first_steps, top_right
 from maze.policy.network import ACTIONS
 from maze.states import Mazes, read_mazes
 
@@ -76,7 +76,7 @@ def at_decision_squares(points: HookPoints, levels: Sequence[bytes]) -> Decision
     return Decisions(
         first_steps(mazes, mazes.cheese).argmax(axis=1),
         first_steps(mazes, top_right(mazes)).argmax(axis=1),
-        np.where(legal_at_mouse(mazes), np.stack(moves, axis=1), -1.0),
+        np.where(legal_first_steps(mazes), np.stack(moves, axis=1), -1.0),
         cache[SITE].cpu().double().numpy(),
         _distances(mazes),
     )
@@ -87,9 +87,8 @@ def joined(parts: Iterable[Decisions]) -> Decisions:
 
 
 def _distances(mazes: Mazes) -> Values:
-    every, (row, col) = np.arange(len(mazes)), mazes.mouse.T
     cheese, corner = mazes.cheese, top_right(mazes)
-    paths = [distances(mazes, target)[every, row, col] for target in (cheese, corner)]
+    paths = [at_cells(distances(mazes, target), mazes.mouse) for target in (cheese, corner)]
     ends = ((cheese, corner), (mazes.mouse, cheese), (mazes.mouse, corner))
     straight = [np.hypot(*(one - other).T) for one, other in ends]
     return np.stack([straight[0], *paths, *straight[1:]], axis=1).astype(np.float64)

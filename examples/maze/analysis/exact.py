@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,16 +25,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch.distributions import Categorical
 
 from chanpatch import rollout
+from chanpatch.policies import Rollout
 from maze.analysis.cells import Flags, Integers, Values
-from maze.levels import observe
-from maze.paths import MOVES, Direction, decision_squares, direction_field, distances, legal_moves, top_right
+from maze.paths import MOVES, Direction, at_cells, decision_squares, direction_field, distances, legal_moves, top_right
 from maze.policy.network import ACTION_COUNT, ACTIONS
 from maze.states import CHEESE, WALL, Mazes, read_mazes, write_mazes
 
 STEPS = 256  # at which an episode is cut
 ORIGINAL = "original"  # the name of the policy without a patch
 STAY = len(Direction)  # the fifth move: none
-NEAR_TIE = 1e-5  # a draw this close to the boundary between two actions may select the other action in procgen
 
 Table: TypeAlias = NDArray[np.floating[Any]]  # action probabilities (..., state, action=15)
 
@@ -103,11 +102,11 @@ class Chains:
         found[self.level[here]] = np.flatnonzero(here)
         return found
 
-    def observations(self, states: slice) -> NDArray[np.uint8]:
-        """The observations of the given states: uint8 (state, row=64, col=64, channel=3)."""
+    def as_levels(self, states: slice) -> list[bytes]:
+        """The given states as procgen states: the level of each, with the mouse at its cell."""
         level = self.level[states]
         mazes = self.mazes[level].moved(mouse=self.cell[states], facing_right=self.facing_right[states])
-        return observe(write_mazes(mazes, [self.levels[index] for index in level]))
+        return write_mazes(mazes, [self.levels[index] for index in level])
 
 
 def move_probabilities(table: Table) -> Values:
@@ -164,10 +163,9 @@ def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> Values:
     cells, exists = decision_squares(mazes)
     states = chains.states_at(cells)
     exists &= states >= 0
-    every = np.arange(len(mazes))
     goals = []
     for target in (mazes.cheese, top_right(mazes)):
-        move = direction_field(mazes, target)[every, :, cells[:, 0], cells[:, 1]].argmax(axis=1)
+        move = at_cells(direction_field(mazes, target), cells).argmax(axis=1)
         goals.append(chains.at(cells + MOVES[move]) & np.concatenate([exists[chains.level], exists]))
     taken = first_hits(chains, table, goals, steps=steps)[..., states, :]
     neither = np.maximum(1 - taken.sum(axis=-1, keepdims=True), 0)  # rounding
@@ -179,40 +177,30 @@ def greedy(table: Table) -> Values:
     return np.eye(table.shape[-1])[table.argmax(axis=-1)]
 
 
-class Walks(NamedTuple):
-    """One episode per level: whether the cheese was found, the actions, and the number of draws near a tie."""
-
-    found: Flags
-    actions: list[Integers]
-    near_ties: Integers
-
-
-def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS) -> Walks:
+def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS) -> Rollout:
     """One episode on every level, with the draws of `chanpatch.rollout` in procgen for `seeds=range(levels)`.
 
     So walks of two policies are paired with each other and with rollouts. A policy's last bits depend on the batch, so
-    a draw within `NEAR_TIE` of the boundary between two actions can differ in procgen.
+    a draw next to the boundary between two actions can differ in procgen.
     """
     rows = torch.from_numpy(np.asarray(table, dtype=np.float64))
 
     def policy(state: torch.Tensor) -> Categorical:
-        return Categorical(probs=_with_edges(rows[state]))
+        return Categorical(probs=rows[state])
 
     envs = _ChainsVectorEnv(chains)
-    done = rollout(policy, envs, range(len(chains.levels)), max_steps=steps, sampling_seed=sampling_seed)
-    near_ties = np.array([np.count_nonzero(taken % 3 != 1) for taken in done.actions])
-    return Walks(done.terminated, [taken // 3 for taken in done.actions], near_ties)
+    return rollout(policy, envs, range(len(chains.levels)), max_steps=steps, sampling_seed=sampling_seed)
 
 
 class _ChainsVectorEnv(VectorEnv):
-    """Levels as chains: the observation is the state, the seed the level; actions as in `_with_edges`."""
+    """Levels as chains: the observation is the state, and the seed is the level."""
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
     def __init__(self, chains: Chains) -> None:
         self.chains, self.num_envs = chains, len(chains.levels)
         self.single_observation_space = Discrete(len(chains))
-        self.single_action_space = Discrete(3 * ACTION_COUNT)
+        self.single_action_space = Discrete(ACTION_COUNT)
         self._state = chains.start
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Integers, dict[str, Any]]:
@@ -221,19 +209,10 @@ class _ChainsVectorEnv(VectorEnv):
         return self._state, {}
 
     def step(self, actions: Integers) -> tuple[Integers, Values, Flags, Flags, dict[str, Any]]:
-        following = self.chains.following[self._state, _MOVE[actions // 3]]
+        following = self.chains.following[self._state, _MOVE[actions]]
         found = following >= len(self.chains)
         self._state = np.where(found, self._start, following)
         return self._state, 10.0 * found, found, np.zeros_like(found), {}
-
-
-def _with_edges(probabilities: torch.Tensor) -> torch.Tensor:
-    """Every action's probability in three parts, (row, 3 * action): the lower edge, the middle and the upper edge.
-
-    The parts are in the order of the CDF, so `outcome // 3` is the action.
-    """
-    edge = (probabilities / 2).clamp(max=NEAR_TIE)
-    return torch.stack([edge, probabilities - 2 * edge, edge], dim=-1).flatten(1)
 
 
 def _reachable_squares(mazes: Mazes) -> Integers:

@@ -6,7 +6,6 @@ a file of the run, and a finished part is not measured again.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from chanpatch import HookPoints
+from chanpatch.controls import random_sets
 from maze.analysis.cells import Agrees, Flags, Table, Tables
-from maze.analysis.forwards import SITE, legal_at_mouse
+from maze.analysis.forwards import SITE
 from maze.analysis.labels import LabelledChannel, labelled_channels
 from maze.analysis.selection import Selection, select_channels
 from maze.levels import draw_levels
-from maze.paths import Direction, first_steps, top_right
+from maze.paths import Direction, first_steps, legal_first_steps, top_right
 from maze.policy.network import is_posts
 from maze.states import read_mazes
 
@@ -72,19 +72,20 @@ class Study:
         """The post's channel for a direction on its own network, else the best predictor on the selection mazes."""
         return POSTS_CHANNELS[direction] if self.is_given(direction) else self.selection.best[direction]
 
+    def best_and_random_sets(self, purpose: str, count: int) -> list[tuple[int, ...]]:
+        """The channels of all directions as one set, and random sets of as many other live channels."""
+        best = tuple(sorted({self.channel(direction) for direction in Direction}))
+        others = [channel for channel in self.selection.live if channel not in best]
+        return [best, *random_sets(others, len(best), count=count, seed=self.seed_for(purpose))]
+
 
 @dataclass(frozen=True)
 class Finding:
     """The result in words, made from the tables."""
 
-    ours: str  # the result to compare with the post's; the first sentence goes into the summary
+    ours: str  # the result to compare with the post's
     agrees: Agrees  # whether the result agrees with the part's `post`, by a rule in the code
     follows: str  # interpretation
-
-    @property
-    def headline(self) -> str:
-        """The first sentence of `ours`."""
-        return re.split(r"(?<=\.) (?=[A-Z])", self.ours, maxsplit=1)[0]
 
 
 TOO_FEW = Finding("Too few mazes.", "not comparable", "Raise --n.")
@@ -120,7 +121,7 @@ class Part:
 def open_to(direction: Direction, levels: Sequence[bytes], count: int) -> tuple[list[bytes], Flags]:
     """The first `count` levels with a legal move, and whether the path to the cheese starts with that move."""
     mazes = read_mazes(levels)
-    kept = np.flatnonzero(legal_at_mouse(mazes)[:, direction])[:count]
+    kept = np.flatnonzero(legal_first_steps(mazes)[:, direction])[:count]
     return [levels[index] for index in kept], first_steps(mazes, mazes.cheese)[kept, direction]
 
 

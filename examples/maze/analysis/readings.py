@@ -16,9 +16,9 @@ from chanpatch.statistics import Interval, auc, auc_difference_interval
 from maze.analysis.cells import Flags, Integers, Row, Values
 from maze.analysis.estimates import intervals, minus
 from maze.analysis.exact import move_probabilities
-from maze.analysis.forwards import SITE, forward, legal_at_mouse
+from maze.analysis.forwards import SITE, forward
 from maze.analysis.selection import Selection
-from maze.paths import Direction, first_steps
+from maze.paths import Direction, first_steps, legal_first_steps
 from maze.states import Mazes, read_mazes
 
 
@@ -38,7 +38,7 @@ class Readings:
         probabilities, cache = forward(points, levels)
         moves = move_probabilities(probabilities)[:, : len(Direction)]
         sums = cache[SITE].cpu().double().numpy()
-        return cls(mazes, sums, moves, legal_at_mouse(mazes), first_steps(mazes, mazes.cheese))
+        return cls(mazes, sums, moves, legal_first_steps(mazes), first_steps(mazes, mazes.cheese))
 
     def __len__(self) -> int:
         return len(self.mazes)

@@ -16,8 +16,8 @@ import numpy as np
 from chanpatch import HookPoints
 from chanpatch.statistics import aucs
 from maze.analysis.cells import Flags, Integers, Values
-from maze.analysis.forwards import legal_at_mouse, level_sums
-from maze.paths import Direction, first_steps
+from maze.analysis.forwards import level_sums
+from maze.paths import Direction, first_steps, legal_first_steps
 from maze.states import read_mazes
 
 
@@ -38,7 +38,7 @@ class Selection:
 def select_channels(points: HookPoints, site: str, levels: Sequence[bytes]) -> Selection:
     """Rank the channels of a hook point on levels whose mouse is anywhere."""
     mazes = read_mazes(levels)
-    first, legal = first_steps(mazes, mazes.cheese).argmax(axis=1), legal_at_mouse(mazes)
+    first, legal = first_steps(mazes, mazes.cheese).argmax(axis=1), legal_first_steps(mazes)
     sums = level_sums(points, site, levels)
     live = np.flatnonzero(np.ptp(sums, axis=0) > 0)
     areas = np.full((len(Direction), sums.shape[1]), np.nan)

@@ -18,11 +18,9 @@ from tqdm import tqdm
 
 from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
 from chanpatch.patching import Set
-from chanpatch.registry import HookPoint
 from maze.analysis.cells import Integers
 from maze.analysis.exact import ORIGINAL, Chains
-from maze.analysis.forwards import BATCH, LINEAR, SITE
-from maze.levels import policy_input
+from maze.analysis.forwards import BATCH, LINEAR, SITE, forward, frames
 
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 
@@ -57,19 +55,19 @@ def action_tables(
     interventions = {ORIGINAL: ()} if interventions is None else interventions
     rest = _Rest(points, site)
     some = slice(0, None, -(-len(chains) // _COMPARED))  # of several levels
-    observations, level = _tensor(chains.observations(some), points), chains.level[some]
-    recorded = rest.record(observations)
+    levels, level = chains.as_levels(some), chains.level[some]
+    inputs, recorded = frames(levels).to(next(points.model.parameters()).device), rest.record(levels)
     for name, intervention in interventions.items():
         patches = _patches(intervention, level)
         _check_order(name, points, patches, site)
         with patched(points, patches), torch.no_grad():
-            expected = _probabilities(points.model, observations)
+            expected = points.model(inputs)[0].probs
         _compare(name, rest, intervention, recorded, level, expected)
     tables = {name: [] for name in interventions}
     with tqdm(total=len(chains), desc="states", unit="state", delay=2, leave=False) as progress:
         for first in range(0, len(chains), _RENDERED):
             rows = slice(first, first + _RENDERED)
-            recorded = rest.record(_tensor(chains.observations(rows), points))
+            recorded = rest.record(chains.as_levels(rows))
             for name, intervention in interventions.items():
                 tables[name].append(rest.probabilities(intervention, recorded, chains.level[rows]).cpu().numpy())
             progress.update(len(chains.level[rows]))
@@ -82,7 +80,9 @@ def suffix(points: HookPoints, site: str) -> nn.Module:
     Modules that ran before return their input. The result is correct if these modules form a chain, which
     `action_tables` checks.
     """
-    ran = {point.module for point in _until(points, site) if point.side == "out"}
+    names = list(points)
+    before = names[: names.index(points[site].name) + 1]
+    ran = {points[name].module for name in before if points[name].side == "out"}
     outermost = [module for module in ran if not any(module.startswith(f"{other}.") for other in ran)]
     shared = {id(tensor): tensor for tensor in (*points.model.parameters(), *points.model.buffers())}
     rest = copy.deepcopy(points.model, shared)
@@ -101,15 +101,11 @@ class _Rest:
         self._policies = {name: suffix(points, name) for name in self._sites}
         self._weights: dict[Site, tuple[Tensor, Tensor]] = {}
 
-    @torch.no_grad()
-    def record(self, observations: Tensor) -> dict[str, Tensor]:
-        """The activations that the rest of the policy starts from: (batch, ...) by hook point."""
-        caches = [
-            run_with_cache(self._points, batch, sites=self._sites, stop=True) for batch in observations.split(BATCH)
-        ]
-        recorded = {name: torch.cat([cache[name] for cache in caches]) for name in self._sites}
+    def record(self, levels: Sequence[bytes]) -> dict[str, Tensor]:
+        """The activations that the rest of the policy starts from: (level, ...) by hook point."""
+        _, cache = forward(self._points, levels, self._sites, None)
         # Contiguous, so that flattening takes no copy per intervention.
-        return {name: each.contiguous() if name == SITE else each for name, each in recorded.items()}
+        return {name: cache[name].contiguous() if name == SITE else cache[name] for name in self._sites}
 
     @torch.no_grad()
     def probabilities(self, intervention: Intervention, recorded: Mapping[str, Tensor], level: Integers) -> Tensor:
@@ -118,12 +114,12 @@ class _Rest:
             patches = _patches(intervention, level)
             if _only_sets_a_region(patches):
                 changes = (self._change(patch, recorded[SITE]) for patch in patches)
-                return _probabilities(self._policies[LINEAR], sum(changes, recorded[LINEAR]))
+                return self._policies[LINEAR](sum(changes, recorded[LINEAR]))[0].probs
         policy, parts = self._policies[self.site], []
         for first in range(0, len(level), BATCH):
             rows = slice(first, first + BATCH)
             with patched(policy, _patches(intervention, level[rows])):
-                parts.append(_probabilities(policy, recorded[self.site][rows]))
+                parts.append(policy(recorded[self.site][rows])[0].probs)
         return torch.cat(parts)
 
     def _change(self, patch: Patch, activation: Tensor) -> Tensor:
@@ -152,14 +148,8 @@ def _patches(intervention: Intervention, level: Integers) -> Sequence[Patch]:
     return intervention(level) if callable(intervention) else intervention
 
 
-def _until(points: HookPoints, site: str) -> list[HookPoint]:
-    """The hook points up to `site`, in execution order."""
-    names = list(points)
-    return [points[name] for name in names[: names.index(points[site].name) + 1]]
-
-
 def _check_order(name: str, points: HookPoints, patches: Sequence[Patch], site: str) -> None:
-    before = {point.name for point in _until(points, site)[:-1]}
+    before = list(points)[: list(points).index(points[site].name)]
     for patch in patches:
         if points.bind(patch.site).name in before:
             raise SuffixError(
@@ -189,14 +179,3 @@ def _compare(
     ):
         if not float(apart.abs().max()) <= TOLERANCE:
             raise SuffixError(f"{name}: run from '{rest.site}' on, the policy's action probabilities {why}.")
-
-
-def _probabilities(policy: nn.Module, inputs: Tensor) -> Tensor:
-    categorical = policy(inputs)[0]
-    probabilities = categorical.probs
-    return probabilities
-
-
-def _tensor(frames: NDArray[np.uint8], points: HookPoints) -> Tensor:
-    device = next(points.model.parameters()).device
-    return torch.from_numpy(policy_input(frames)).to(device)

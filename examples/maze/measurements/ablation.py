@@ -140,7 +140,7 @@ def _walks(study: Study, levels: Sequence[bytes], zeroed: Intervention) -> Row:
     walks = []
     for number, (chains, tables) in enumerate(level_batches(study.points, levels, {"zeroed": zeroed}), 1):
         seed = study.seed_for(f"ablation draws {number}")  # draws depend on the index in the batch
-        walks.append([walk(chains, table, sampling_seed=seed).found for table in tables])
+        walks.append([walk(chains, table, sampling_seed=seed).terminated for table in tables])
     original, modified = np.concatenate(walks, axis=1)
     counts = paired_counts(modified, original)
     row = {"channel": study.channel(Direction.UP), "n": len(levels), **dict(zip(OUTCOMES, counts, strict=True))}

@@ -16,11 +16,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
-from chanpatch import run_with_cache
-from chanpatch.controls import random_sets
 from chanpatch.statistics import mean_interval, rank_among
 from maze.analysis.cells import Table, Tables, Values, above, below, keyed, shown, verdict
 from maze.analysis.cheese_removed import mixed
@@ -28,10 +25,9 @@ from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import SETS
 from maze.analysis.estimates import intervals, primary
 from maze.analysis.exact import Chains, first_hits
-from maze.analysis.forwards import BATCH, SITE
+from maze.analysis.forwards import BATCH, SITE, activations
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.tables import suffix
-from maze.levels import policy_input
 from maze.paths import Direction, top_right
 
 SIZE = 15
@@ -44,53 +40,36 @@ BEST, UP, ALL, RANDOM = "best channel of each direction", "UP channel", "all cha
 
 def measure(study: Study) -> dict[str, Table]:
     """P(cheese) and P(corner before the cheese) with the best channels, random sets and all channels cheeseless."""
-    best = sorted({study.channel(direction) for direction in Direction})
-    others = [channel for channel in study.selection.live if channel not in best]
-    sets = random_sets(others, len(best), count=SETS, seed=study.seed_for("counterfactual sets"))
-    channels = {UP: [study.channel(Direction.UP)], BEST: best, ALL: list(range(study.points[SITE].length("channel")))}
-    channels |= {f"{RANDOM} {number}": list(each) for number, each in enumerate(sets, 1)}
+    best, *sets = study.best_and_random_sets("counterfactual sets", SETS)
+    channels = {UP: [study.channel(Direction.UP)], BEST: best, ALL: range(study.points[SITE].length("channel"))}
+    channels |= {f"{RANDOM} {number}": each for number, each in enumerate(sets, 1)}
+    own, *random = (number for number, name in enumerate(channels) if name == BEST or name.startswith(RANDOM))
     rows: Table = []
     ranks: Table = []
     for split in SPLITS:
         levels = study.levels(f"counterfactual levels {split}", min(study.n, LEVELS), size=SIZE, cheese=split)
-        found, corner = _reached(study, levels, channels)
-        for number, name in enumerate(channels, 1):
-            change = found[number] - found[0]
+        (before, *after), (corner_before, *corner_after) = _reached(study, levels, channels)
+        effects = [mean_interval(each - before) for each in after]
+        for name, each, effect, corner in zip(channels, after, effects, corner_after, strict=True):
             row = {"split": split, "channels": name, "n": len(levels)}
-            rows.append(
-                row
-                | intervals(
-                    original=mean_interval(found[0]),
-                    modified=mean_interval(found[number]),
-                    effect=mean_interval(change),
-                    corner_effect=mean_interval(corner[number] - corner[0]),
-                )
-            )
-        effects = {row["channels"]: row["effect"] for row in rows if row["split"] == split}
-        rank = rank_among(
-            effects[BEST], [effects[name] for name in channels if name.startswith(RANDOM)], alternative="less"
-        )
+            row |= intervals(original=mean_interval(before), modified=mean_interval(each), effect=effect)
+            rows.append(row | intervals(corner_effect=mean_interval(corner - corner_before)))
+        rank = rank_among(effects[own].estimate, [effects[each].estimate for each in random], alternative="less")
         ranks.append({"split": split, "rank": rank.rank, "controls": rank.controls, "p": rank.p})
-    names = [name for name in channels if name.startswith(RANDOM)]  # out of distribution, the last split
-    less = found[1 + list(channels).index(BEST)] - np.mean(
-        [found[1 + list(channels).index(name)] for name in names], axis=0
-    )
-    return {
-        "effects": rows,
-        "ranks": ranks,
-        "primary": primary(CLAIM, less, seed=study.seed_for("counterfactual flips")),
-    }
+    less = after[own] - np.mean([after[each] for each in random], axis=0)  # out of distribution, the last split
+    claim = primary(CLAIM, less, seed=study.seed_for("counterfactual flips"))
+    return {"effects": rows, "ranks": ranks, "primary": claim}
 
 
-def _reached(study: Study, levels: Sequence[bytes], channels: Mapping[str, Sequence[int]]) -> tuple[Values, Values]:
-    """P(cheese) and P(corner before the cheese): (1 + set, level) each, the original policy first."""
-    found, corner = [], []
+def _reached(study: Study, levels: Sequence[bytes], channels: Mapping[str, Sequence[int]]) -> Values:
+    """P(cheese) and P(corner before the cheese): (2, 1 + set, level), the original policy first."""
+    parts = []
     for first in range(0, len(levels), _TOGETHER):
         chains = Chains.of(levels[first : first + _TOGETHER])
         tables = _tables(study, chains, [(), *channels.values()])
-        found.append(first_hits(chains, tables, [chains.cheese])[:, chains.start, 0])
-        corner.append(first_hits(chains, tables, [chains.at(top_right(chains.mazes))])[:, chains.start, 0])
-    return np.concatenate(found, axis=1), np.concatenate(corner, axis=1)
+        goals = (chains.cheese, chains.at(top_right(chains.mazes)))
+        parts.append([first_hits(chains, tables, [goal])[:, chains.start, 0] for goal in goals])
+    return np.concatenate(parts, axis=2)
 
 
 @torch.no_grad()
@@ -100,19 +79,11 @@ def _tables(study: Study, chains: Chains, sets: Sequence[Sequence[int]]) -> NDAr
     tables: list[list[NDArray[np.float32]]] = [[] for _ in sets]
     for first in tqdm(range(0, len(chains), _RENDERED), desc="states", delay=2, leave=False):
         rows = slice(first, first + _RENDERED)
-        shown, removed = (_recorded(study, each.observations(rows)) for each in (chains, unseen))
+        shown, removed = (activations(study.points, each.as_levels(rows), SITE)[SITE] for each in (chains, unseen))
         for table, channels in zip(tables, sets, strict=True):
             batches = mixed(shown, removed, channels).split(BATCH)
             table += [policy(batch)[0].probs.cpu().numpy() for batch in batches]
     return np.stack([np.concatenate(table) for table in tables])
-
-
-def _recorded(study: Study, observations: NDArray[np.uint8]) -> Tensor:
-    """relu3 on observations: (state, channel, row, col)."""
-    device = next(study.points.model.parameters()).device
-    inputs = torch.from_numpy(policy_input(observations)).to(device)
-    caches = [run_with_cache(study.points, batch, sites=SITE, stop=True) for batch in inputs.split(BATCH)]
-    return torch.cat([cache[SITE] for cache in caches])
 
 
 def finding(tables: Tables) -> Finding:

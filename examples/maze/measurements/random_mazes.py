@@ -28,7 +28,7 @@ from maze.analysis.estimates import intervals, minus, share
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.readings import Readings
 from maze.levels import random_squares
-from maze.paths import Direction, distances
+from maze.paths import Direction, at_cells, distances
 from maze.states import CHEESE, FREE, WALL, Mazes, read_mazes, write_mazes
 
 SIZE = 25
@@ -89,7 +89,7 @@ def randomised(mazes: Mazes, fraction: float, rng: np.random.Generator) -> tuple
 
 
 def _way(mazes: Mazes) -> NDArray[np.float32]:
-    return distances(mazes, mazes.cheese)[np.arange(len(mazes)), mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    return at_cells(distances(mazes, mazes.cheese), mazes.mouse)
 
 
 def _as_far(mazes: Mazes, way: NDArray[np.float32], rng: np.random.Generator) -> Mazes:

@@ -28,7 +28,7 @@ from maze.analysis.part import Finding, Study
 from maze.analysis.steering import BLOCK, difference_vectors
 from maze.analysis.tables import Intervention
 from maze.levels import random_squares
-from maze.paths import START
+from maze.paths import START, at_cells
 from maze.states import WORLD, Mazes, read_mazes, write_mazes
 
 SIZE = 11
@@ -77,10 +77,9 @@ def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table,
     the cheese varies; and the mean activation of the chosen channels there.
     """
     mazes = read_mazes(levels)
-    row, col = map_cells(mazes, mazes.cheese).T
-    every = np.arange(len(levels))
-    contrast = difference_vectors(points, levels, mazes, mazes.without_cheese()).numpy()[every, :, row, col]
-    at_cheese = activations(points, levels, BLOCK)[BLOCK].numpy()[every, :, row, col].astype(np.float64)
+    cells = map_cells(mazes, mazes.cheese)
+    contrast = at_cells(difference_vectors(points, levels, mazes, mazes.without_cheese()).numpy(), cells)
+    at_cheese = at_cells(activations(points, levels, BLOCK)[BLOCK].numpy(), cells).astype(np.float64)
     order = np.argsort(-contrast.mean(axis=0), kind="stable")
     chosen, others = np.split(order, [max(1, round(SHARE * len(order)))])
     means = [mean_intervals(each.T) for each in (contrast, at_cheese)]

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from chanpatch.controls import random_sets
 from chanpatch.statistics import rank_among, share_interval
 from maze.analysis.cells import Table, Tables, above, keyed, shown, verdict
-from maze.analysis.cheese_removed import without_cheese
+from maze.analysis.cheese_removed import mixed, without_cheese
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import SETS
 from maze.analysis.estimates import intervals, primary
 from maze.analysis.part import SPLITS, Finding, Study
-from maze.paths import Direction
 
 SIZE = 25
 BEST, RANDOM = "best channel of each direction", "random channels"
@@ -30,18 +28,16 @@ LEAST = 0.25  # of the cheese's effect, if a few channels carry much of it
 
 def measure(study: Study) -> dict[str, Table]:
     """The fraction for the best channels, and for random sets of as many live channels."""
-    best = sorted({study.channel(direction) for direction in Direction})
-    others = [channel for channel in study.selection.live if channel not in best]
-    sets = random_sets(others, len(best), count=SETS, seed=study.seed_for("share sets"))
-    names = [BEST, *(f"{RANDOM} {number}" for number in range(1, len(sets) + 1))]
+    sets = study.best_and_random_sets("share sets", SETS)
+    names = [BEST, *(f"{RANDOM} {number}" for number in range(1, len(sets)))]
     shares, ranks = [], []
     for split in SPLITS:
         levels = study.levels(f"share squares {split}", size=SIZE, cheese=split, mouse="decision square")
         seen = without_cheese(study.points, levels)
         before = seen.odds(seen.shown)
         total = seen.odds(seen.removed) - before
-        parts = [seen.odds(seen.mixed(channels)) - before for channels in (best, *sets)]
-        for name, channels, part in zip(names, (best, *sets), parts, strict=True):
+        parts = [seen.odds(mixed(seen.shown, seen.removed, channels)) - before for channels in sets]
+        for name, channels, part in zip(names, sets, parts, strict=True):
             row = {"split": split, "set": name, "channels": " ".join(map(str, channels)), "n": len(part)}
             shares.append(row | intervals(share=share_interval(part, total)))
         own, *controls = (part.mean() / total.mean() for part in parts)

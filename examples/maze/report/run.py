@@ -19,19 +19,18 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chanpatch import hook_points
 from chanpatch.errors import did_you_mean
+from maze.analysis.forwards import load_points
 from maze.analysis.part import Part, Study
 from maze.command import UserError
-from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import PARTS, SIDE_BY_SIDE
-from maze.policy.network import CLASSES, SHIPPED_WEIGHTS, load_policy
+from maze.policy.network import SHIPPED_WEIGHTS
 from maze.policy.shipped import FILES, shipped_name
 from maze.report.page import differing, write_report
 from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
@@ -53,7 +52,6 @@ class RunSettings:
     seed: int
     weights: tuple[Path, ...]  # the main policy first; the shipped policy of width 1 if empty
     out: Path
-    policy: str = "chanpatch"
     workers: int = 1  # number of processes that measure parts
 
     def __post_init__(self) -> None:
@@ -64,11 +62,6 @@ class RunSettings:
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is {getattr(self, name)}, but it is {low} to {high} for these parts.")
         check_folder(self.out)
-
-    @property
-    def parts(self) -> list[Part]:
-        """The parts to measure, in the order of the report."""
-        return [part for name, part in PARTS.items() if name in (self.only or PARTS)]
 
 
 def run(settings: RunSettings) -> Path:
@@ -88,20 +81,18 @@ def run(settings: RunSettings) -> Path:
 def _measure_all(
     settings: RunSettings, subjects: Mapping[str, Study], known: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> None:
-    jobs = []
+    jobs: list[tuple[Any, ...]] = []
     for subject, study in subjects.items():
         weights = study.weights
         print(f"{subject}: weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
-        main = study is next(iter(subjects.values()))
-        parts = [part for part in settings.parts if main or part.name in SIDE_BY_SIDE]
-        if settings.workers > 1:
-            jobs += [(subject, part.name, known[subject], folder / subject / part.name) for part in parts]
-            continue
-        for number, part in enumerate(parts, 1):
-            print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
-            print(_measured(part, study, known[subject], folder / subject / part.name), flush=True)
-    if jobs:
-        _measure_in_workers(settings, jobs)
+        possible = PARTS if study is next(iter(subjects.values())) else SIDE_BY_SIDE
+        names = [name for name in PARTS if name in possible and name in (settings.only or PARTS)]
+        jobs += [(subject, name, known[subject], folder / subject / name) for name in names]
+    if settings.workers > 1:
+        return _measure_in_workers(settings, jobs)
+    for number, (subject, name, *place) in enumerate(jobs, 1):
+        print(f"  {number} of {len(jobs)}  {subject}: {name:14}", end="", flush=True)
+        print(_measured(PARTS[name], subjects[subject], *place), flush=True)
 
 
 def _measure_in_workers(settings: RunSettings, jobs: list[tuple[Any, ...]]) -> None:
@@ -124,30 +115,22 @@ def _measured_by_name(settings: RunSettings, subject: str, name: str, known: Map
     return _measured(PARTS[name], _cached_subjects(settings)[subject], known, folder)
 
 
-@functools.cache  # the parts of a policy that one worker measures share the selection of channels
-def _cached_subjects(settings: RunSettings) -> dict[str, Study]:
-    return _subjects(settings)
-
-
 def _subjects(settings: RunSettings) -> dict[str, Study]:
     """The policies to study by name, the main one first."""
     subjects: dict[str, Study] = {}
     for file in settings.weights or (SHIPPED_WEIGHTS,):
-        study = _study(file, replace(settings, n=min(settings.n, MOST_OTHERS)) if subjects else settings)
-        name = shipped_name(study.weights["sha256"]) or file.stem
+        points, facts = load_points(file)
+        name = shipped_name(facts["sha256"]) or file.stem
         if name in subjects:
             raise UserError(
                 f"--weights: '{file}' is the second policy called {name}. Rename the file, or leave it out."
             )
-        subjects[name] = study
+        n = min(settings.n, MOST_OTHERS) if subjects else settings.n
+        subjects[name] = Study(points, facts, n, settings.seed)
     return subjects
 
 
-def _study(weights: Path, settings: RunSettings) -> Study:
-    policy, facts = load_policy(weights, CLASSES[settings.policy])
-    policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
-    example = torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
-    return Study(hook_points(policy, example), facts, settings.n, settings.seed)
+_cached_subjects = functools.cache(_subjects)  # the parts that one worker measures share the selection of channels
 
 
 def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) -> str:
@@ -185,5 +168,4 @@ def _known(study: Study) -> dict[str, Any]:
 def _command(settings: RunSettings) -> str:
     named = f" --weights {' '.join(file.name for file in settings.weights)}" if settings.weights else ""
     weights = " --shipped" if settings.weights == SHIPPED else named
-    policy = f" --policy {settings.policy}" if settings.policy != "chanpatch" else ""
-    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}{policy}"
+    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}"

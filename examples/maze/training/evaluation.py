@@ -9,18 +9,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.stats
-import torch
 from numpy.typing import NDArray
 
-from chanpatch import HookPoints, hook_points
+from chanpatch import HookPoints
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze import results
 from maze.analysis.cells import Row, Table, cells, column, read_table, shown
 from maze.analysis.exact import ORIGINAL, STEPS, Chains, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.forwards import load_points
 from maze.analysis.tables import action_tables
 from maze.command import UserError
-from maze.levels import REGION, draw_levels, observe, policy_input
-from maze.policy.network import load_policy
+from maze.levels import REGION, draw_levels
 
 ACTIONS = ("sampled", "greedy")
 SUMMARY, LEVELS, DIFFERENCES = "summary.json", "levels.csv", "differences.csv"
@@ -48,9 +47,7 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
     parts = [(size, place) for size, place in every if size > REGION or place != "out of distribution"]
     if not parts:
         raise UserError(f"No maze in --sizes has a square outside the top right {REGION}x{REGION}. Add a larger size.")
-    policy, weights = load_policy(file)
-    policy = policy.to(memory_format=torch.channels_last)  # makes convolutions about twice as fast on a CPU
-    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=seed)))))
+    points, weights = load_points(file)
     known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": results.versions()}
     folder = out / f"evaluation-n{n}-seed{seed}-{results.settings_key(known | {'weights': weights['sha256']})}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from maze.environment.requirements import procgen_mazes
 from maze.levels import cheese_squares, draw_levels, observe, random_squares
-from maze.paths import START, direction_field, distances
+from maze.paths import START, at_cells, direction_field, distances
 from maze.states import FREE, WORLD, Mazes, read_mazes, write_mazes
 
 LEVELS = 64  # levels in a chunk
@@ -55,17 +55,15 @@ class Examples:
 
 def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
     """Label images of mazes in which the mice can reach the cheese."""
-    every = np.arange(len(mazes))
-    row, col = mazes.mouse.T
     moves = direction_field(mazes, mazes.cheese)
-    distance = distances(mazes, mazes.cheese)[every, row, col]
+    distance = at_cells(distances(mazes, mazes.cheese), mazes.mouse)
     direction = moves.argmax(axis=1)
     margin = (WORLD - mazes.size) // 2
     maze, rows, cols = np.nonzero(moves.any(axis=1))
     field = np.full((len(mazes), WORLD, WORLD), NO_DIRECTION, dtype=np.int8)
     field[maze, WORLD - 1 - margin[maze] - rows, margin[maze] + cols] = direction[maze, rows, cols]
-    cell = (WORLD - 1 - margin - row) * WORLD + margin + col
-    return Examples(frames, direction[every, row, col], distance, field, cell)
+    cell = (WORLD - 1 - margin - mazes.mouse[:, 0]) * WORLD + margin + mazes.mouse[:, 1]
+    return Examples(frames, at_cells(direction, mazes.mouse), distance, field, cell)
 
 
 @lru_cache(maxsize=2)

@@ -122,7 +122,7 @@ def test_a_part_that_is_not_whole_is_measured_again_and_a_line_says_so(damage, f
     damage(folder / "imitation" / "squares")
     run(settings(tmp_path))
     assert len(MEASURED) == 2
-    assert f"1 of 1  squares       measured again, since {fault}: 0 s\n" in capsys.readouterr().out
+    assert f"1 of 1  imitation: squares       measured again, since {fault}: 0 s\n" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in files} == files
 
 
