@@ -79,7 +79,12 @@ def keyed(table: Sequence[Row], *names: str) -> dict[Any, Row]:
 
 
 def chosen(table: Sequence[Row], **wanted: Any) -> Table:
-    return [row for row in table if all(row[name] == value for name, value in wanted.items())]
+    """The rows with these cells: values, or functions that accept values."""
+    return [
+        row
+        for row in table
+        if all(each(row.get(name)) if callable(each) else row.get(name) == each for name, each in wanted.items())
+    ]
 
 
 def read_table(file: Path) -> Table:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maze.analysis.cells import Row, Table, Tables
+from maze.analysis.cells import Row, Table, Tables, chosen
 
 Columns: TypeAlias = str | tuple[str, ...]
 
@@ -58,7 +58,7 @@ def panels(width: float, height: float, count: int = 1, **options: Any) -> tuple
 
 def draw(axes: Axes, tables: Tables, panel: Panel) -> None:
     """Draw one panel without the rows that have no estimate."""
-    rows = [row for row in tables.get(panel.table, ()) if accepted(row, panel.where)]
+    rows = chosen(tables.get(panel.table, ()), **panel.where)
     prefixes = {"": panel.prefix} if isinstance(panel.prefix, str) else panel.prefix
     series = {}
     for row in rows:
@@ -97,11 +97,6 @@ def draw(axes: Axes, tables: Tables, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=10)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-
-
-def accepted(row: Row, where: Mapping[str, Any]) -> bool:
-    """Whether a row has these cells: values, or functions of values."""
-    return all(each(row.get(name)) if callable(each) else row.get(name) == each for name, each in where.items())
 
 
 def _text(row: Row, columns: Columns) -> str:

@@ -39,11 +39,11 @@ def minus(first: Interval | None, second: Interval | None) -> Interval | None:
     return None if first is None or second is None else difference_interval(first, second)
 
 
-def rank_cells(effect: float, controls: ArrayLike, *, ranked: Any = True, p: Any = True, increase: bool = False) -> Row:
+def rank_cells(effect: float, controls: ArrayLike, *, ranked: Any = True, increase: bool = False) -> Row:
     """The rank of an effect by size, or by increase, as three cells; None without controls or if not `ranked`."""
     alternative = "greater" if increase else "two-sided"
     rank = rank_among(effect, controls, alternative=alternative) if ranked and np.size(controls) else None
-    return {"rank": rank and rank.rank, "controls": rank and rank.controls, "rank_p": rank.p if rank and p else None}
+    return {"rank": rank and rank.rank, "controls": rank and rank.controls, "rank_p": rank and rank.p}
 
 
 def primary(claim: str, differences: Values, *, seed: int) -> Table:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -12,7 +9,7 @@ from maze.analysis.cells import Table, Values
 from maze.paths import MOVES, Direction
 
 
-def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
+def vector_field(table: Table, policy: str, axes: Axes, *, minus: str | None = None) -> Axes:
     """A maze with one arrow in each square, almost a cell long for a certain move.
 
     Args:
@@ -20,26 +17,12 @@ def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
             each move, such as `original_left`; None if the mouse cannot be there before the cheese.
         policy: name of the policy.
         axes: axes to draw into.
+        minus: name of another policy, whose arrows are subtracted. The differences are drawn at half their length.
     """
-    reached = _reached(table, policy)
-    return _draw(table, reached, _arrows(reached, policy), axes)
-
-
-def vector_field_difference(table: Table, policy: str, other: str, axes: Axes) -> Axes:
-    """The arrows of one policy minus those of another, at half their length."""
-    reached = _reached(table, policy)
-    return _draw(table, reached, (_arrows(reached, policy) - _arrows(reached, other)) / 2, axes)
-
-
-def _reached(table: Table, policy: str) -> Table:
-    return [row for row in table if row[f"{policy}_left"] is not None]
-
-
-def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> Values:
-    return np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached]) @ MOVES
-
-
-def _draw(table: Table, reached: Table, vectors: Values, axes: Axes) -> Axes:
+    reached = [row for row in table if row[f"{policy}_left"] is not None]
+    vectors = _arrows(reached, policy)
+    if minus is not None:
+        vectors = (vectors - _arrows(reached, minus)) / 2
     size, cheese = int(table[0]["size"]), (table[0]["cheese_row"], table[0]["cheese_col"])
     maze = np.zeros((size, size))
     maze[[row["row"] for row in table], [row["col"] for row in table]] = 1
@@ -51,3 +34,7 @@ def _draw(table: Table, reached: Table, vectors: Values, axes: Axes) -> Axes:
     axes.plot(size - 1, size - 1, "s", color="none", markeredgecolor="black", markersize=11)
     axes.set(xticks=[], yticks=[], xlabel="star: cheese, square: top right corner")
     return axes
+
+
+def _arrows(reached: Table, policy: str) -> Values:
+    return np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached]) @ MOVES

@@ -50,18 +50,15 @@ def measure(study: Study) -> dict[str, Table]:
 
 def _ratio(inside: Values, outside: Values, seed: int) -> Row:
     """The cheese's effect on the log odds in distribution, against that out of distribution."""
-    both = np.concatenate([np.stack([inside, np.ones(len(inside))], 1), np.stack([outside, np.zeros(len(outside))], 1)])
+    both = np.stack([np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) < len(inside)], axis=1)
 
     def ratio(rows: Values) -> Values:
         first = rows[:, 1] == 1
         return rows[first, 0].mean() / rows[~first, 0].mean()
 
     difference = difference_interval(mean_interval(inside), mean_interval(outside))
-    return {
-        "n_in": len(inside),
-        "n_out": len(outside),
-        **intervals(ratio=bootstrap_interval(both, ratio, seed=seed), difference=difference),
-    }
+    estimates = intervals(ratio=bootstrap_interval(both, ratio, seed=seed), difference=difference)
+    return {"n_in": len(inside), "n_out": len(outside), **estimates}
 
 
 def _corners_channel(study: Study, seen: CheeseRemoved, probes: Probes, seed: int) -> Row:
@@ -71,11 +68,10 @@ def _corners_channel(study: Study, seen: CheeseRemoved, probes: Probes, seed: in
     shown_sums, removed_sums = (sums[every, channel] for sums in seen.sums)
     high = still = 0
     for direction, probe in probes.items():
-        rows = seen.corner == direction
-        before, after = (
-            probe.predict(sums[rows]) if probe else np.zeros(rows.sum(), bool) for sums in (shown_sums, removed_sums)
-        )
-        high, still = high + int(before.sum()), still + int((before & after).sum())
+        if probe:
+            rows = seen.corner == direction
+            before, after = (probe.predict(sums[rows]) for sums in (shown_sums, removed_sums))
+            high, still = high + int(before.sum()), still + int((before & after).sum())
     sample = np.stack([shown_sums, removed_sums, seen.corner], axis=1)
     correlation = bootstrap_interval(
         sample, lambda rows: np.asarray(rank_correlation(*rows.T)), resamples=999, seed=seed

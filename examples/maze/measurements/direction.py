@@ -42,26 +42,21 @@ def measure(study: Study) -> dict[str, Table]:
     directions = torch.cat([own[None], random_vectors(own, count=SETS, seed=study.seed_for("direction random"))])
     levels = study.levels("direction squares", size=SIZE, cheese=SPLITS[1], mouse="decision square")
     seen = without_cheese(study.points, levels)
-    before = seen.to_cheese(seen.shown)
-    projected = [Project(direction)(seen.shown) for direction in directions]
-    nothing = intervals(to_cheese=share(before.sum(), len(before)), log_odds_change=None)
-    choices = [{"projected": "nothing", "n": len(before), **nothing}]
-    changes = [seen.odds(activation) - seen.odds(seen.shown) for activation in projected]
-    for name, activation, change in zip(_names(), projected, changes, strict=True):
-        after = seen.to_cheese(activation)
-        row = {"projected": name, "n": len(after), **intervals(to_cheese=share(after.sum(), len(after)))}
-        choices.append(row | intervals(log_odds_change=mean_interval(change)))
+    before, *after = (seen.odds(each) for each in (seen.shown, *(Project(each)(seen.shown) for each in directions)))
+    changes = [each - before for each in after]
+    names = [OWN, *(f"{RANDOM} {number}" for number in range(1, SETS + 1))]
+    choices = []
+    for name, odds, change in zip(("nothing", *names), (before, *after), (None, *changes), strict=True):
+        changed = None if change is None else mean_interval(change)
+        row = {"projected": name, "n": len(odds), **intervals(to_cheese=share((odds > 0).sum(), len(odds)))}
+        choices.append(row | intervals(log_odds_change=changed))
     start = study.levels("direction starts", min(study.n, LOOP), size=SIZE, cheese=SPLITS[1])
-    named = {name: projection(study.points, each) for name, each in zip(_names(), directions, strict=True)}
-    found = p_reached(study.points, start, named)
-    episodes = [
-        {
-            "projected": name,
-            "n": len(start),
-            **intervals(p_cheese=mean_interval(each), effect=mean_interval(each - found[0])),
-        }
-        for name, each in zip(_names(), found[1:], strict=True)
-    ]
+    named = {name: projection(study.points, each) for name, each in zip(names, directions, strict=True)}
+    episodes = []
+    original, *found = p_reached(study.points, start, named)
+    for name, each in zip(names, found, strict=True):
+        estimates = intervals(p_cheese=mean_interval(each), effect=mean_interval(each - original))
+        episodes.append({"projected": name, "n": len(start), **estimates})
     ranks = [_ranked("to_cheese", column(choices[1:], "to_cheese")), _ranked("p_cheese", column(episodes, "effect"))]
     claim = primary(CLAIM, changes[0] - np.mean(changes[1:], axis=0), seed=study.seed_for("direction flips"))
     return {"choices": choices, "episodes": episodes, "ranks": ranks, "primary": claim}
@@ -79,10 +74,6 @@ def corner_up(study: Study) -> Tensor:
 def projection(points: HookPoints, direction: Tensor) -> Intervention:
     """Remove the component along a direction of channels at every place of relu3."""
     return [edit(points.site(SITE), Project(direction))]
-
-
-def _names() -> list[str]:
-    return [OWN, *(f"{RANDOM} {number}" for number in range(1, SETS + 1))]
 
 
 def _ranked(measured: str, values: Values) -> Row:

@@ -52,12 +52,11 @@ def measure(study: Study) -> dict[str, Table]:
     out = both.rows((top_right(mazes) - mazes.cheese).max(axis=1) >= REGION)
     shares = []
     trends = []
-    for name, rows, values in _measures(study, both, probes):
-        if values.dtype == np.bool_:
-            shares += _shares(name, both.distance(squares.CHEESE_TO_CORNER)[rows], values)
     for population, seen in ((BOTH, both), (SPLITS[1], out)):
         for name, rows, values in _measures(study, seen, probes):
             trends += _trends(name, population, seen.rows(rows), values, study.seed_for("distance bootstrap"))
+            if seen is both and values.dtype == np.bool_:
+                shares += _shares(name, both.distance(squares.CHEESE_TO_CORNER)[rows], values)
     limits = squares.threshold_rows(study, probes)
     return {"thresholds": limits, "shares": shares, "trends": trends}
 

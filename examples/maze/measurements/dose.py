@@ -14,7 +14,7 @@ import numpy as np
 
 from chanpatch import HookPoints, edit
 from chanpatch.statistics import mean_interval
-from maze.analysis.cells import Table, Tables, above, below, cells, keyed, shown, verdict
+from maze.analysis.cells import Table, Tables, above, below, keyed, shown, verdict
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import mean_intervals, p_reached
 from maze.analysis.estimates import intervals, primary
@@ -36,20 +36,17 @@ def measure(study: Study) -> dict[str, Table]:
     doses = {f"{factor:g}": scaled(study.points, channel, factor) for factor in FACTORS}
     found = p_reached(study.points, levels, doses)
     changes = found[1:] - found[0]
-    original, *modified = mean_intervals(found)
-    effects = [
+    effects = [None, *mean_intervals(changes)]
+    rows = [
         {"channel": channel, "factor": factor, "n": len(levels)} | intervals(p_cheese=each, effect=effect)
-        for factor, each, effect in zip(FACTORS, modified, mean_intervals(changes), strict=True)
+        for factor, each, effect in zip((1.0, *FACTORS), mean_intervals(found), effects, strict=True)
     ]
-    effects.append(
-        {"channel": channel, "factor": 1.0, "n": len(levels)} | intervals(p_cheese=original) | cells("effect", None)
-    )
-    effects.sort(key=lambda row: row["factor"])
+    rows.sort(key=lambda row: row["factor"])
     centered = np.array(FACTORS) - 1.0
     slopes = centered @ changes / (centered @ centered)  # through no change at factor 1
     slope = {"channel": channel, "n": len(levels), **intervals(slope=mean_interval(slopes))}
     claim = primary(CLAIM, slopes, seed=study.seed_for("dose flips"))
-    return {"doses": effects, "slope": [slope], "primary": claim}
+    return {"doses": rows, "slope": [slope], "primary": claim}
 
 
 def scaled(points: HookPoints, channel: int, factor: float) -> Intervention:

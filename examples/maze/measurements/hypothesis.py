@@ -17,17 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from chanpatch import sweep
 from chanpatch.controls import random_sets
+from chanpatch.metrics import logit_difference
 from chanpatch.probes import LogisticProbe
 from chanpatch.statistics import Interval, mean_interval, paired_counts, paired_difference_interval
 from maze.analysis import effects
-from maze.analysis.cells import Flags, Integers, Row, Table, Tables, Values, above, keyed, shown, verdict
+from maze.analysis.cells import Flags, Row, Table, Tables, Values, above, keyed, shown, verdict
 from maze.analysis.decision_squares import Decisions, at_decision_squares
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import SETS
@@ -85,12 +85,12 @@ def measure(study: Study) -> dict[str, Table]:
     references = effects.references(study, "hypothesis reference", size=SIZE, cheese=SPLITS[0], mouse="anywhere")
     tables = {"channels": _channels(pushes), "predictions": [], "controls": [], "ablations": []}
     for split in SPLITS:
-        levels = {
-            use: study.levels(f"hypothesis {split} {use}", size=SIZE, cheese=split, mouse="decision square")
+        fitted, scored = (
+            study.levels(f"hypothesis {split} {use}", size=SIZE, cheese=split, mouse="decision square")
             for use in ("fit", "score")
-        }
-        fit, score = (at_decision_squares(study.points, each) for each in levels.values())
-        probe, push = LogisticProbe.fit(pushes(fit), towards_cheese(fit) > 0.5), pushes(score)
+        )
+        fit, score = (at_decision_squares(study.points, each) for each in (fitted, scored))
+        probe, push = LogisticProbe.fit(pushes(fit), prefers_cheese(fit)), pushes(score)
         says = {
             BASE: np.full(len(push), probe.majority),
             PUSH: push[:, 0] > push[:, 1],
@@ -99,18 +99,15 @@ def measure(study: Study) -> dict[str, Table]:
         tables["predictions"] += _scored(split, score, says)
         tables["controls"].append(_against_controls(split, score, pushes, study))
         for goal, name in enumerate(ABLATED):
-            after = ablate_push(study, levels["score"], score, pushes, goal, references)
-            tables["ablations"].append(
-                {"split": split, "ablated": name, **_ablated(towards_cheese(score) > 0.5, after)}
-            )
+            after = ablate_push(study, scored, score, pushes, goal, references)
+            tables["ablations"].append({"split": split, "ablated": name, **_ablated(prefers_cheese(score), after)})
     return tables
 
 
-def towards_cheese(seen: Decisions) -> Values:
-    """The probability of the step to the cheese among this step and the one to the corner: (level,)."""
+def prefers_cheese(seen: Decisions) -> Flags:
+    """Whether the step to the cheese is likelier than the step to the corner: (level,)."""
     cheese, corner = seen.towards()
-    total = cheese + corner
-    return np.where(total > 0, cheese / np.where(total > 0, total, 1.0), 0.5)
+    return cheese > corner
 
 
 def _channels(pushes: Pushes) -> Table:
@@ -163,39 +160,22 @@ def ablate_push(
     The channels of the push for the cheese (`goal` 0) or the corner (1) depend on the directions of both. Returns bool
     (1 + control, level): first the push, then random sets of as many live channels.
     """
-    cheese_step, corner_step = seen.towards()
-    after, count = np.tile(cheese_step > corner_step, (1 + SETS, 1)), 1 + SETS
+    after, count = np.tile(prefers_cheese(seen), (1 + SETS, 1)), 1 + SETS
     for pair in np.unique(np.stack([seen.cheese, seen.corner], axis=1), axis=0).tolist():
         rows = np.flatnonzero((seen.cheese == pair[0]) & (seen.corner == pair[1]))
         channels = pushes.only(pair[goal], pair[1 - goal])
         if channels:
             seed = study.seed_for("hypothesis others")
             others = random_sets(study.selection.live, len(channels), count=SETS, seed=seed, other_than=[channels])
-            after[: 1 + len(others), rows] = _likelier(study, levels, rows, [channels, *others], pair, references)
-            count = min(count, 1 + len(others))
+            sets = (channels, *others)
+            ablations = (effects.ablation(study.points, "mean", each, references, seed=0) for each in sets)
+            patches = {str(number): ablation(rows)[0] for number, ablation in enumerate(ablations)}
+            odds = {"odds": logit_difference(*(ACTIONS[Direction(each)] for each in pair))}
+            inputs = frames([levels[row] for row in rows])
+            result = sweep(study.points, inputs, patches=patches, metric=odds, progress=False)
+            after[: len(patches), rows] = result.values["odds"] > 0
+            count = min(count, len(patches))
     return after[:count]
-
-
-def _likelier(
-    study: Study,
-    levels: Sequence[bytes],
-    rows: Integers,
-    sets: Sequence[Sequence[int]],
-    pair: Sequence[int],
-    references: Tensor,
-) -> Flags:
-    """Whether the first of two directions is likelier with each set of channels mean-ablated: bool (set, row)."""
-    towards, away = (list(ACTIONS[Direction(direction)]) for direction in pair)
-
-    def more(output: Any) -> Tensor:
-        probabilities = output[0].probs
-        return probabilities[:, towards].sum(dim=1) - probabilities[:, away].sum(dim=1)
-
-    ablations = (effects.ablation(study.points, "mean", each, references, seed=0) for each in sets)
-    patches = {str(number): ablation(rows)[0] for number, ablation in enumerate(ablations)}
-    inputs = frames([levels[row] for row in rows])
-    result = sweep(study.points, inputs, patches=patches, metric={"more": more}, progress=False)
-    return np.asarray(result.values["more"]) > 0
 
 
 def _ablated(before: Flags, after: Flags) -> Row:
@@ -204,11 +184,8 @@ def _ablated(before: Flags, after: Flags) -> Row:
     change, *controls = ((each.sum() - before.sum()) / n for each in after)
     return {
         "n": n,
-        **intervals(
-            before=share(before.sum(), n),
-            after=share(after[0].sum(), n),
-            change=mean_interval(after[0] * 1.0 - before, clusters=effects.reference_of("mean", n)),
-        ),
+        **intervals(before=share(before.sum(), n), after=share(after[0].sum(), n)),
+        **intervals(change=mean_interval(after[0] * 1.0 - before, clusters=effects.reference_of("mean", n))),
         **rank_cells(change, controls),
     }
 

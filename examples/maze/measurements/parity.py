@@ -65,10 +65,9 @@ def measure(study: Study) -> dict[str, Table]:
         for direction in axis:
             best = {name: aucs(here.sums[:, live], here.first[:, direction]) for name, here in choice.items()}
             for name, other in (classes, classes[::-1]):
-                row = {"direction": direction.name, "square": name}
+                row = {"direction": direction.name, "square": name, "other": other}
                 seed = study.seed_for("parity bootstrap")
-                cells_of = _transfer(test[name], direction, live, best[name], best[other], seed)
-                transfer.append({**row, "other": other, **cells_of})
+                transfer.append(row | _transfer(test[name], direction, live, best[name], best[other], seed))
     vertical, horizontal = PASSAGES
     compared = [((axis, axis), (axis, CROSSING)) for axis in PASSAGES]
     compared += [((vertical, vertical), (horizontal, horizontal)), ((vertical, CROSSING), (horizontal, CROSSING))]
@@ -129,15 +128,12 @@ def _between(
     row = {"n_one": len(labels[0]), "n_other": len(labels[1]), "live": len(live)}
     if any(min(each.sum(), (~each).sum()) < 2 for each in labels):
         return row | intervals(rank_correlation=None)
-    sample = np.concatenate(
-        [
-            np.column_stack([np.full(len(label), number), label, side.sums[:, live]])
-            for number, ((side, _), label) in enumerate(zip((one, other), labels, strict=True))
-        ]
-    )
+    sums = np.concatenate([side.sums[:, live] for side, _ in (one, other)])
+    is_one = np.arange(len(sums)) < len(labels[0])
+    sample = np.column_stack([is_one, np.concatenate(labels), sums])
 
     def statistic(rows: Values) -> float:
-        parts = (rows[rows[:, 0] == number] for number in range(2))
+        parts = (rows[rows[:, 0] == which] for which in (1, 0))
         # Rounded, so that AUCs at the same distance from a half are ties.
         return _correlation(*(np.abs(aucs(here[:, 2:], here[:, 1] > 0) - 0.5).round(9) for here in parts))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from chanpatch.plots import channel_map
 from chanpatch.statistics import Interval, share_interval
@@ -101,11 +102,16 @@ def _one_map(study: Study, level: bytes) -> dict[str, Table]:
     return {"map": activation, "pixels": pixels}
 
 
+def pictures(tables: Tables) -> tuple[NDArray[np.uint8], Values]:
+    """The observation in gray, (row=64, col=64), and the UP channel's map of it, (row=8, col=8)."""
+    gray = np.array([[*bytes.fromhex(row["grey"][1:])] for row in tables["pixels"]], dtype=np.uint8)
+    return gray, np.array([[row[f"col_{col}"] for col in range(CELLS)] for row in tables["map"]])
+
+
 def figure(tables: Tables) -> Figure:
     drawn, (left, right) = panels(14, 6, 2)
-    gray = np.stack([np.frombuffer(bytes.fromhex(row["grey"][1:]), np.uint8) for row in tables["pixels"]])
-    squares = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])
-    channel_map(torch.from_numpy(gray[None].copy()), torch.from_numpy(squares), left)
+    gray, squares = pictures(tables)
+    channel_map(torch.from_numpy(gray[None]), torch.from_numpy(squares), left)
     left.set_xlabel(
         f"channel {tables['map'][0]['channel']} (UP) in the maze of all with the highest sum,\n"
         f"{squares.sum():.1f}; column (pixel)"

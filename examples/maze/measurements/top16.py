@@ -32,7 +32,7 @@ from maze.analysis.exact import ORIGINAL, Chains, move_probabilities
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.tables import action_tables
-from maze.analysis.vector_fields import vector_field, vector_field_difference
+from maze.analysis.vector_fields import vector_field
 from maze.paths import Direction
 
 SIZE = 15
@@ -130,7 +130,7 @@ def figure(tables: Tables) -> Figure:
     count = tables["effects"][0]["count"]
     vector_field(tables["field"], ORIGINAL, fields[0]).set_title(ORIGINAL, fontsize="medium")
     vector_field(tables["field"], "zeroed", fields[1]).set_title(f"the pair's {count} zeroed", fontsize="medium")
-    difference = vector_field_difference(tables["field"], "zeroed", ORIGINAL, fields[2])
+    difference = vector_field(tables["field"], "zeroed", fields[2], minus=ORIGINAL)
     difference.set_title("zeroed minus original, half as long", fontsize="medium")
     where = {"chosen": lambda chosen: chosen != CONTROL}
     draw(effects, tables, Panel("effects", "measure", "effect", "change", "intervention", where, names=MEASURES))

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chanpatch.statistics import holm
-from maze.analysis.cells import Row, Tables, shown
-from maze.analysis.drawing import accepted
+from maze.analysis.cells import Row, Tables, chosen, shown
 from maze.analysis.part import SPLITS, Finding
 from maze.measurements import corner_vector, counterfactual, default, direction, share, spatial, sums
 
@@ -30,8 +29,7 @@ class Estimate:
 
     def row(self, tables: Tables) -> Row | None:
         """The row with the estimate; None if it was not measured."""
-        rows = [row for row in tables.get(self.table, ()) if accepted(row, self.where)]
-        rows = [row for row in rows if row.get(self.prefix) is not None]
+        rows = [row for row in chosen(tables.get(self.table, ()), **self.where) if row.get(self.prefix) is not None]
         return min(rows, key=lambda row: row[self.prefix] if self.lowest else 0, default=None)
 
     def text(self, tables: Tables) -> str:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from maze.analysis.cells import Tables, above, below, read_table
 from maze.analysis.part import Finding, Part
+from maze.measurements import spatial
 from maze.policy.shipped import shipped_name
 from maze.report.answer import CONFIRMED, EPISODES, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, status
 from maze.report.figures import CHANNEL, TEXT, argument
@@ -101,8 +102,7 @@ class Contents:
         tables = self.tables[self.main].get("spatial", {})
         if not tables.get("pixels") or not tables.get("map"):
             return None
-        shades = np.array([[*bytes.fromhex(row["grey"].lstrip("x"))] for row in tables["pixels"]], dtype=np.uint8)
-        heat = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])
+        shades, heat = spatial.pictures(tables)
         color = np.full((*heat.shape, 3), to_rgb(CHANNEL))
         layers = np.dstack([color, 0.9 * heat / max(heat.max(), 1e-9)])
         return Image.fromarray(shades), Image.fromarray((255 * layers).astype(np.uint8))
