@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   python examples/maze/train.py --bfloat16                      faster on processors with that format
   python examples/maze/train.py --auxiliary cell                the control: no field of directions
   python examples/maze/train.py --algorithm ppo --start results/train/imitation-width1-seed0/policy.safetensors
+  python examples/maze/train.py --keep-every 5                  also keep the policy every five minutes
   python examples/maze/train.py --width 4 --batch 512           the published size; for a GPU
 
 then:
@@ -76,6 +77,8 @@ def arguments() -> argparse.ArgumentParser:
     mazes = "ppo: number of simultaneous mazes (default: 64)"
     add("--environments", type=number(int, 1, 4096), metavar="N", help=mazes)
     add("--out", type=Path, metavar="FOLDER", help="(default: results/train/ and the main settings)")
+    keep = "save a copy of the policy in FOLDER/kept at this interval"
+    add("--keep-every", type=number(float, 0.01, 1e4), metavar="MINUTES", help=keep)
     half = "compute convolutions and products in bfloat16 (default: with cuda)"
     add("--bfloat16", action=argparse.BooleanOptionalAction, help=half)
     processes = "processes that generate data (default: 1, with cuda 2-12)"
@@ -118,7 +121,7 @@ def train(options: argparse.Namespace) -> int:
             trainer: Any = PPO(policy, settings, device=device)
         else:
             trainer = Imitation(policy, settings, device=device, workers=workers)
-        if not trainer.train(folder):
+        if not trainer.train(folder, options.keep_every):
             print(f"Stopped. The checkpoint is in {folder}; the same command continues from it.", file=sys.stderr)
             return 130
     print(f"Done: {folder / WEIGHTS}\nLosses: {folder / LOG}")
@@ -138,7 +141,7 @@ def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -
     """
     from maze.command import UserError
 
-    given = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "keep_every")}
     for algorithm, own in DEFAULTS.items():
         for name in own.keys() - DEFAULTS[options.algorithm].keys():
             if given[name] is not None:

@@ -8,6 +8,7 @@ A run has a folder:
 | `log.jsonl` | a line per checkpoint: the position of the run, and means since the previous line |
 | `policy.safetensors` | the policy at the end |
 | `facts.json` | settings, versions, last losses and sha256 |
+| `kept/` | policies along the way, named by the number of observations, with `--keep-every` |
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from maze.results import replace_text, replaced, versions
 from maze.training.training_data import TrainingMazes
 
 CHECKPOINT, LOG, WEIGHTS, FACTS = "checkpoint.pth", "log.jsonl", "policy.safetensors", "facts.json"
+KEPT = "kept"  # folder of the policies along the way
 SAVE_SECONDS = 30.0
 
 
@@ -93,9 +95,10 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.largest_norm)
         self.optimizer.step()
 
-    def train(self, folder: Path) -> bool:
+    def train(self, folder: Path, keep_every: float | None = None) -> bool:
         """Train until the budget is spent or Ctrl-C, save a checkpoint, and return whether the budget is spent.
 
+        With `keep_every`, in minutes of training, also keep the policy at these times.
         If the folder has a checkpoint, the run continues from there. Raises UserError if the checkpoint has other
         settings or is damaged.
         """
@@ -116,7 +119,10 @@ class Trainer:
                 updates.append(self.update(position["updates"], position["observations"] / budget))
                 position["updates"] += 1
                 position["observations"] += updates[-1].observations
-                position["seconds"] += time.perf_counter() - started
+                before, after = position["seconds"], position["seconds"] + time.perf_counter() - started
+                position["seconds"] = after
+                if keep_every and before // (60 * keep_every) < after // (60 * keep_every):
+                    _write(folder / KEPT / f"{position['observations']}.safetensors", self._weights())
                 progress.update(updates[-1].observations)
                 if (now := time.perf_counter()) - saved > SAVE_SECONDS:
                     self._save(folder, updates, now - saved)
@@ -156,12 +162,14 @@ class Trainer:
         with replaced(folder / CHECKPOINT) as partial:
             torch.save(checkpoint, partial)
 
-    def _write_policy(self, folder: Path, made: Mapping[str, Any]) -> None:
-        """Write the policy in the default memory layout, whatever the layout during training, and its facts."""
+    def _weights(self) -> bytes:
+        """The policy as a safetensors file, in the default memory layout, whatever the layout during training."""
         weights = self.policy.state_dict().items()
-        content = safetensors_bytes({name: weight.detach().cpu().contiguous() for name, weight in weights})
-        with replaced(folder / WEIGHTS) as partial:
-            partial.write_bytes(content)
+        return safetensors_bytes({name: weight.detach().cpu().contiguous() for name, weight in weights})
+
+    def _write_policy(self, folder: Path, made: Mapping[str, Any]) -> None:
+        content = self._weights()
+        _write(folder / WEIGHTS, content)
         facts = {
             "model": "maze.policy.impala.Impala",
             "width": self.settings.width,
@@ -174,6 +182,12 @@ class Trainer:
             "device": str(self.device),
         }
         replace_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with replaced(file) as partial:
+        partial.write_bytes(content)
 
 
 def _read_checkpoint(file: Path, settings: Namespace) -> dict[str, Any] | None:

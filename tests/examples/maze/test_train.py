@@ -24,7 +24,7 @@ from maze.train import main
 from maze.training import imitation, ppo, trainer
 from maze.training.imitation import Imitation, direction_log_probabilities
 from maze.training.ppo import PPO, Experience, advantages, ppo_losses
-from maze.training.trainer import CHECKPOINT, FACTS, LOG, WEIGHTS, Trainer, Update
+from maze.training.trainer import CHECKPOINT, FACTS, KEPT, LOG, WEIGHTS, Trainer, Update
 from maze.training.training_data import (
     CHUNK,
     NO_DIRECTION,
@@ -454,6 +454,19 @@ def test_ctrl_c_ends_after_the_update_with_a_checkpoint_from_which_the_run_goes_
     going_on = Counting()
     assert going_on.train(tmp_path)
     assert going_on.numbers == [5, 6, 7, 8, 9]
+
+
+def test_policies_along_the_way_are_kept_every_so_many_minutes(tmp_path, monkeypatch):
+    clock = iter(np.arange(0, 10_000, 10.0).tolist())  # ten seconds pass between two looks
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+    assert Counting().train(tmp_path, keep_every=0.5)
+    kept = sorted(int(file.stem) for file in (tmp_path / KEPT).iterdir())
+    assert kept == [300, 600, 900]  # an update takes ten seconds and has 100 observations
+    assert (tmp_path / KEPT / "900.safetensors").read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+
+
+def test_no_policies_are_kept_unless_asked_for(uninterrupted):
+    assert not (uninterrupted / KEPT).exists()
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
