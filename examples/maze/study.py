@@ -35,6 +35,7 @@ continues where it stopped. The report ends with the run time of each part, in s
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def arguments() -> argparse.ArgumentParser:
     which.add_argument("--weights", type=Path, nargs="+", metavar="FILE", default=[], help=files)
     every = "all shipped policies, the one of width 4 first (each of the others on the parts that compare policies)"
     which.add_argument("--shipped", action="store_true", help=every)
-    add("--workers", type=int, default=1, help="number of processes, each with its own core (default: %(default)s)")
+    add("--policy", default="chanpatch", choices=("chanpatch", "procgen-tools"), help="package with the policy class")
+    cores = min(2, os.cpu_count() or 1)
+    add("--workers", type=int, default=cores, help="number of processes (default: %(default)s; each needs up to 5 GB)")
     add("--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)")
     return parser
 
@@ -81,7 +84,7 @@ def study(given: argparse.Namespace) -> None:
 
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())
     weights = SHIPPED if given.shipped else tuple(given.weights)
-    run(RunSettings(only, given.n, given.seed, weights, given.out, given.workers))
+    run(RunSettings(only, given.n, given.seed, weights, given.out, given.policy, given.workers))
 
 
 if __name__ == "__main__":

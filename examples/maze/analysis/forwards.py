@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanpatch import HookPoints, Site, channel_sums, hook_points, recording
 from chanpatch.patching import ActivationCache
 from maze.analysis.cells import Values
 from maze.levels import draw_levels, observe, policy_input
-from maze.policy.network import load_policy
+from maze.policy.network import load_policy, new_policy
 
 SITE = "embedder.relu3"
 LINEAR = "embedder.fc"  # the policy is linear from SITE to here
@@ -25,9 +25,11 @@ BATCH = 64  # observations per forward pass, the fastest number on one core
 _RENDERED = 1024  # observations in memory at once
 
 
-def load_points(file: Path | None = None) -> tuple[HookPoints, dict[str, Any]]:
-    """Return the hook points of the policy in a weights file, and the facts from `load_policy`."""
-    policy, facts = load_policy(file)
+def load_points(
+    file: Path | None = None, build: Callable[[int], nn.Module] = new_policy
+) -> tuple[HookPoints, dict[str, Any]]:
+    """Return the hook points of the policy in a weights file, and facts; arguments as in `load_policy`."""
+    policy, facts = load_policy(file, build)
     policy = policy.to(memory_format=torch.channels_last)  # makes convolutions about twice as fast on a CPU
     return hook_points(policy, frames(draw_levels(2, size=9, seed=0))), facts
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from maze.command import UserError
+from maze.environment.requirements import policy_models
 from maze.paths import Direction
 from maze.policy.impala import Impala
 
@@ -38,12 +39,29 @@ def new_policy(width: int) -> nn.Module:
     return Impala(width, ACTION_COUNT)
 
 
-def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def original_policy(width: int) -> nn.Module:
+    """The same network, built by procgen-tools; requires that package."""
+    models = policy_models()
+    before = models.scale
+    try:
+        models.scale = width  # read by the classes when they are instantiated
+        return models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
+    finally:
+        models.scale = before
+
+
+CLASSES = {"chanpatch": new_policy, "procgen-tools": original_policy}  # by the package that defines the class
+
+
+def load_policy(
+    path: str | Path | None = None, build: Callable[[int], nn.Module] = new_policy
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a policy in eval mode, and facts about its weights.
 
     Args:
         path: A `.safetensors` file, or a `.pth` file with a state dict, plain or under `model_state_dict`, of any
             width. None loads the shipped weights.
+        build: Function that returns the network of a width: `new_policy` or `original_policy`.
 
     Returns:
         The policy, which maps float32 (batch, channel=3, row=64, col=64) in [0, 1] to a `Categorical` over 15 actions
@@ -65,7 +83,7 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
     first = weights.get(_FIRST_WEIGHT, torch.empty(16))
     width = max(first.shape[0] // 16, 1) if first.ndim else 1
     with torch.device("meta"):  # quick, and draws no random numbers
-        policy = new_policy(width)
+        policy = build(width)
     if faults := _faults(weights, policy.state_dict()):
         raise UserError(f"The weights '{file}' do not fit the maze policy: {faults}.")
     policy.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)

@@ -24,17 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from chanpatch.errors import did_you_mean
 from maze.analysis.forwards import load_points
 from maze.analysis.part import Part, Study
 from maze.command import UserError
 from maze.measurements import PARTS, SIDE_BY_SIDE
-from maze.policy.network import SHIPPED_WEIGHTS
+from maze.policy.network import CLASSES, SHIPPED_WEIGHTS
 from maze.policy.shipped import FILES, shipped_name
 from maze.report.page import differing, write_report
 from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
 
+LONGEST = ("ablation", "corner-vector", "cheese-vector", "counterfactual", "direction", "retarget")
 MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
 SHIPPED = tuple(FILES.values())
 
@@ -52,6 +54,7 @@ class RunSettings:
     seed: int
     weights: tuple[Path, ...]  # the main policy first; the shipped policy of width 1 if empty
     out: Path
+    policy: str = "chanpatch"
     workers: int = 1  # number of processes that measure parts
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ def _measure_all(
         possible = PARTS if study is next(iter(subjects.values())) else SIDE_BY_SIDE
         names = [name for name in PARTS if name in possible and name in (settings.only or PARTS)]
         jobs += [(subject, name, known[subject], folder / subject / name) for name in names]
-    if settings.workers > 1:
+    if min(settings.workers, len(jobs)) > 1:
         return _measure_in_workers(settings, jobs)
     for number, (subject, name, *place) in enumerate(jobs, 1):
         print(f"  {number} of {len(jobs)}  {subject}: {name:14}", end="", flush=True)
@@ -96,19 +99,28 @@ def _measure_all(
 
 
 def _measure_in_workers(settings: RunSettings, jobs: list[tuple[Any, ...]]) -> None:
-    """Measure parts in several processes, the longest part first. The numbers are the same as in one process."""
-    jobs.sort(key=lambda job: job[1] != "ablation")
+    """Measure parts in several processes, the longest parts first. The numbers are the same as in one process."""
+    jobs.sort(key=lambda job: LONGEST.index(job[1]) if job[1] in LONGEST else len(LONGEST))
     threads = max(1, torch.get_num_threads() // settings.workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.workers, context, torch.set_num_threads, (threads,)) as pool:
+    with (
+        ProcessPoolExecutor(settings.workers, context, _start_worker, (threads,)) as pool,
+        tqdm(total=len(jobs), desc="parts", unit="part", leave=False) as progress,
+    ):
         waiting = {pool.submit(_measured_by_name, settings, *job): job for job in jobs}
         try:
             for number, future in enumerate(as_completed(waiting), 1):
                 subject, name, *_ = waiting[future]
-                print(f"  {number} of {len(jobs)}  {subject}: {name:14}{future.result()}", flush=True)
+                progress.write(f"  {number} of {len(jobs)}  {subject}: {name:14}{future.result()}")
+                progress.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # the bars of several processes would mix
 
 
 def _measured_by_name(settings: RunSettings, subject: str, name: str, known: Mapping[str, Any], folder: Path) -> str:
@@ -119,7 +131,7 @@ def _subjects(settings: RunSettings) -> dict[str, Study]:
     """The policies to study by name, the main one first."""
     subjects: dict[str, Study] = {}
     for file in settings.weights or (SHIPPED_WEIGHTS,):
-        points, facts = load_points(file)
+        points, facts = load_points(file, CLASSES[settings.policy])
         name = shipped_name(facts["sha256"]) or file.stem
         if name in subjects:
             raise UserError(
@@ -168,4 +180,5 @@ def _known(study: Study) -> dict[str, Any]:
 def _command(settings: RunSettings) -> str:
     named = f" --weights {' '.join(file.name for file in settings.weights)}" if settings.weights else ""
     weights = " --shipped" if settings.weights == SHIPPED else named
-    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}"
+    policy = f" --policy {settings.policy}" if settings.policy != "chanpatch" else ""
+    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}{policy}"

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from chanpatch import PatchedPolicy, edit, hook_points
 from maze.command import UserError
+from maze.environment.requirements import policy_models
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction
 from maze.policy import network
 from maze.policy.impala import Impala
-from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy, new_policy
+from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy, new_policy, original_policy
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def test_the_network_is_procgen_tools_own_to_the_bit(observations, width):
         {name: point.shape for name, point in hook_points(policy, observations).items()} for policy in (ours, theirs)
     )
     assert own == others
+
+
+def test_a_policy_can_be_built_by_procgen_tools(observations):
+    (ours, facts), (theirs, same_facts) = load_policy(), load_policy(build=original_policy)
+    assert type(theirs).__module__ == "procgen_tools.models" != type(ours).__module__
+    assert torch.equal(ours(observations)[0].logits, theirs(observations)[0].logits)
+    assert facts == same_facts
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -129,9 +137,15 @@ def test_the_reward_policy_was_trained_from_the_shipped_one():
     assert recorded["settings"]["start"] == load_policy()[1]["sha256"]
 
 
-def test_loading_draws_no_random_numbers():
+@pytest.mark.parametrize("build", [new_policy, original_policy])
+def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers(build):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    load_policy()
+    models.scale = 3
+    try:
+        load_policy(build=build)
+        assert policy_models().scale == 3
+    finally:
+        models.scale = 1
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
