@@ -46,6 +46,8 @@ OF = ("n", "pairs", "channels")
 # What is none in these tables, by names that are estimates elsewhere.
 IN_TABLE = {
     **dict.fromkeys((f"random-mazes/{name}" for name in ("areas", "behaviour", "pictures")), {"share"}),  # a setting
+    "spatial/shares": {"distance"},  # a setting
+    "search/activations": {"difference", "std", "effect"},  # of one pair, so nothing varies that an interval is about
 }
 
 
