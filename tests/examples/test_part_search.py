@@ -6,7 +6,7 @@ from studies import shipped_points, small_study
 
 from chanpatch.statistics import auc
 from maze.analysis import contrasts
-from maze.analysis.forwards import SITE, forward
+from maze.analysis.forwards import SITE, activations
 from maze.measurements import search as part
 
 
@@ -79,10 +79,10 @@ def test_the_corrected_p_of_the_up_channel_decides(tables, p, effect, agrees):
 
 def test_single_activations_are_those_of_our_pair_by_hand(study, tables):
     pairs = [pair for pair in contrasts.drawn_pairs() if (pair.number, pair.turn) == (0, 0)][:4]
-    sides = [forward(study.points, [pair.levels[side] for pair in pairs], SITE, None)[1][SITE] for side in range(2)]
+    sides = [activations(study.points, [pair.levels[side] for pair in pairs], SITE)[SITE] for side in range(2)]
     difference = (sides[0] - sides[1]).double().mean(dim=0)
     levels = study.levels("search pair background", 12, size=7, mouse="anywhere")
-    std = forward(study.points, levels, SITE, None)[1][SITE].double().std(dim=0, unbiased=False)
+    std = activations(study.points, levels, SITE)[SITE].double().std(dim=0, unbiased=False)
     effect = difference / std.clamp(min=0.5 * float((std**2).mean().sqrt()))
     row, col = divmod(int(effect[7].abs().argmax()), 8)
     own = next(each for each in tables["activations"] if each["of_up_channel"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chanpatch import HookPoints, Site, channel_sums, hook_points, recording
+from chanpatch import HookPoints, Site, channel_sums, hook_points, recording, run_with_cache
 from chanpatch.patching import ActivationCache
 from maze.analysis.cells import Values
 from maze.levels import draw_levels, observe, policy_input
@@ -39,27 +39,31 @@ def frames(levels: Sequence[bytes]) -> Tensor:
     return torch.from_numpy(policy_input(observe(levels)))
 
 
-def forward(
-    points: HookPoints, levels: Sequence[bytes], sites: Any = SITE, reduce: str | None = "sum"
-) -> tuple[NDArray[np.float32], ActivationCache]:
-    """The action probabilities on every level, (level, action), and the recorded sites."""
-    probabilities = []
+def _batches(points: HookPoints, levels: Sequence[bytes]) -> Iterator[Tensor]:
+    """Yields the policy's inputs on its device, `BATCH` levels at a time."""
     device = next(points.model.parameters()).device
-    with (
-        recording(points, sites, reduce=reduce) as cache,
-        torch.no_grad(),
-        tqdm(total=len(levels), desc="levels", unit="level", delay=2, leave=False) as progress,
-    ):
+    with tqdm(total=len(levels), desc="levels", unit="level", delay=2, leave=False) as progress:
         for start in range(0, len(levels), _RENDERED):
             for batch in frames(levels[start : start + _RENDERED]).to(device).split(BATCH):
-                probabilities.append(points.model(batch)[0].probs.cpu().numpy())
+                yield batch
                 progress.update(len(batch))
+
+
+@torch.no_grad()
+def forward(
+    points: HookPoints, levels: Sequence[bytes], sites: Any = SITE
+) -> tuple[NDArray[np.float32], ActivationCache]:
+    """The action probabilities on every level, (level, action), and the channel sums at sites."""
+    with recording(points, sites, reduce="sum") as cache:
+        probabilities = [points.model(batch)[0].probs.cpu().numpy() for batch in _batches(points, levels)]
     return np.concatenate(probabilities), cache
 
 
-def activations(points: HookPoints, levels: Sequence[bytes], site: str) -> ActivationCache:
-    """The activation at a hook point on every level: (level, channel, row, col)."""
-    return forward(points, levels, site, None)[1]
+@torch.no_grad()
+def activations(points: HookPoints, levels: Sequence[bytes], *sites: str) -> dict[str, Tensor]:
+    """The activations at hook points on every level, (level, ...) by name. The policy runs up to the last of these."""
+    caches = [run_with_cache(points, batch, sites=sites, stop=True) for batch in _batches(points, levels)]
+    return {site: torch.cat([cache[site] for cache in caches]) for site in sites}
 
 
 def level_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> Values:

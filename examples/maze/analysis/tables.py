@@ -20,7 +20,7 @@ from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
 from chanpatch.patching import Set
 from maze.analysis.cells import Integers
 from maze.analysis.exact import ORIGINAL, Chains
-from maze.analysis.forwards import BATCH, LINEAR, SITE, forward, frames
+from maze.analysis.forwards import BATCH, LINEAR, SITE, activations, frames
 
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 
@@ -103,9 +103,9 @@ class _Rest:
 
     def record(self, levels: Sequence[bytes]) -> dict[str, Tensor]:
         """The activations that the rest of the policy starts from: (level, ...) by hook point."""
-        _, cache = forward(self._points, levels, self._sites, None)
+        recorded = activations(self._points, levels, *self._sites)
         # Contiguous, so that flattening takes no copy per intervention.
-        return {name: cache[name].contiguous() if name == SITE else cache[name] for name in self._sites}
+        return {name: each.contiguous() if name == SITE else each for name, each in recorded.items()}
 
     @torch.no_grad()
     def probabilities(self, intervention: Intervention, recorded: Mapping[str, Tensor], level: Integers) -> Tensor:

@@ -26,7 +26,7 @@ from maze.analysis.cells import Row, Table, Tables, Values, above, chosen, keyed
 from maze.analysis.contrasts import contrast_rows, draw_contrast, drawn_pairs, moved_walls, pair_contrast
 from maze.analysis.drawing import Panel, draw, panels
 from maze.analysis.estimates import intervals, minus
-from maze.analysis.forwards import BATCH, LINEAR, SITE, forward
+from maze.analysis.forwards import BATCH, LINEAR, SITE, activations, forward
 from maze.analysis.part import POOL, SPLITS, TOO_FEW, Finding, Study, open_to
 from maze.analysis.readings import area
 from maze.paths import Direction
@@ -64,10 +64,10 @@ def _singles(study: Study) -> Table:
     pairs = [pair for pair in drawn_pairs() if (pair.number, pair.turn) == (0, 0)]
     count, size = min(study.n, 500), int(pairs[0].mazes.size[0])
     background = study.levels("search pair background", count, size=size, mouse="anywhere")
-    sides = [forward(study.points, [pair.levels[side] for pair in pairs], named, None)[1] for side in range(2)]
+    sides = [activations(study.points, [pair.levels[side] for pair in pairs], *named) for side in range(2)]
     total, squares = dict.fromkeys(named, 0.0), dict.fromkeys(named, 0.0)
     for first in range(0, count, BATCH):
-        cache = forward(study.points, background[first : first + BATCH], named, None)[1]
+        cache = activations(study.points, background[first : first + BATCH], *named)
         for name in named:
             each = cache[name].cpu().double().numpy()
             total[name], squares[name] = total[name] + each.sum(axis=0), squares[name] + (each**2).sum(axis=0)
