@@ -33,6 +33,13 @@ def test_activations_are_those_of_the_levels_one_by_one(levels):
     torch.testing.assert_close(cache[SITE], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_activations_need_no_module_after_the_last_hook_point(levels, monkeypatch):
+    points = shipped_points()
+    monkeypatch.setattr(points.model.embedder.block3, "forward", lambda *_: pytest.fail("the policy ran on"))
+    found = activations(points, levels, "embedder.block1", "embedder.block2")
+    assert [tuple(each.shape) for each in found.values()] == [(5, 16, 32, 32), (5, 32, 16, 16)]
+
+
 def test_destinations_are_named_after_what_is_computed(levels):
     chains = Chains.of(levels)
     tables = np.random.default_rng(0).dirichlet(np.ones(15), (2, len(chains)))

@@ -17,7 +17,6 @@ FEWER = {
     "CHOOSING_LEVELS": 8,
     "MOST_DRAWN": 3,
     "PAIR_LEVELS": 8,
-    "REFERENCE": 20,
     "RESAMPLES": 99,
 }
 SMALLER = ("ablation", "decision", "hypothesis", "top16")  # in mazes of size 9
@@ -25,6 +24,7 @@ CHOSEN_ON = {
     "maze.analysis.part.SELECTION_LEVELS": 100,
     "maze.analysis.part.LABEL_LEVELS": 60,
     "maze.analysis.decision_squares.THRESHOLD_LEVELS": 80,
+    "maze.analysis.effects.REFERENCE_LEVELS": 5,
 }
 
 SETTING = "a setting, or chosen by a rule: nothing is estimated"
@@ -79,6 +79,11 @@ def test_every_estimate_has_its_interval_and_its_n(measured):
             assert {f"{estimate}_low", f"{estimate}_high"} <= set(columns), f"{part}/{name}.csv: {estimate}"
         if estimates:
             assert any(column in OF or column.startswith("n_") for column in columns), f"{part}/{name}.csv has no n"
+
+
+def test_every_number_that_is_made_smaller_belongs_to_a_part():
+    modules = [importlib.import_module(part.measure.__module__) for part in PARTS.values()]
+    assert [name for name in FEWER if not any(hasattr(module, name) for module in modules)] == []
 
 
 @pytest.mark.slow

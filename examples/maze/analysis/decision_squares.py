@@ -27,6 +27,7 @@ TO_CORNER = "square to corner, path"
 CHEESE_TO_CORNER = "cheese to corner, straight"
 DISTANCES = (CHEESE_TO_CORNER, TO_CHEESE, TO_CORNER, "square to cheese, straight", "square to corner, straight")
 
+DIRECTIONS = (Direction.UP, Direction.RIGHT)  # for which the post has a threshold
 PRECISION = 0.99  # required of the threshold on a channel's sum
 POSTS_THRESHOLD = 30.0  # for both channels
 POSTS = "the post's, on its own network"
@@ -55,11 +56,6 @@ class Decisions(NamedTuple):
     def took_cheese(self) -> Flags:
         """Whether the likeliest legal move is the first step to the cheese: bool (level,)."""
         return self.chosen == self.cheese
-
-    def towards(self) -> tuple[Values, Values]:
-        """The probabilities of the first steps to the cheese and to the corner: (level,) each."""
-        every = np.arange(len(self.cheese))
-        return self.moves[every, self.cheese], self.moves[every, self.corner]
 
     def rows(self, which: Any) -> Decisions:
         return Decisions(*(each[which] for each in self))

@@ -21,8 +21,7 @@ from maze.policy.network import load_policy, new_policy
 SITE = "embedder.relu3"
 LINEAR = "embedder.fc"  # the policy is linear from SITE to here
 BATCH = 64  # observations per forward pass, the fastest number on one core
-
-_RENDERED = 1024  # observations in memory at once
+RENDERED = 1024  # observations in memory at once; the procgen bytes of each take 23 kB
 
 
 def load_points(
@@ -43,8 +42,8 @@ def _batches(points: HookPoints, levels: Sequence[bytes]) -> Iterator[Tensor]:
     """Yields the policy's inputs on its device, `BATCH` levels at a time."""
     device = next(points.model.parameters()).device
     with tqdm(total=len(levels), desc="levels", unit="level", delay=2, leave=False) as progress:
-        for start in range(0, len(levels), _RENDERED):
-            for batch in frames(levels[start : start + _RENDERED]).to(device).split(BATCH):
+        for start in range(0, len(levels), RENDERED):
+            for batch in frames(levels[start : start + RENDERED]).to(device).split(BATCH):
                 yield batch
                 progress.update(len(batch))
 

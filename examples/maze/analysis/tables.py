@@ -20,14 +20,13 @@ from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
 from chanpatch.patching import Set
 from maze.analysis.cells import Integers
 from maze.analysis.exact import ORIGINAL, Chains
-from maze.analysis.forwards import BATCH, LINEAR, SITE, activations, frames
+from maze.analysis.forwards import BATCH, LINEAR, RENDERED, SITE, activations, frames
 
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 
 # Patches, or a function from the level of each row, int (batch,), to patches whose operands have one row per level.
 Intervention: TypeAlias = Sequence[Patch] | Callable[[Integers], Sequence[Patch]]
 
-_RENDERED = 1024  # states in memory at once; the procgen bytes of a state take 23 kB
 _COMPARED = 4  # states on which every intervention is compared with the whole policy
 
 
@@ -65,8 +64,8 @@ def action_tables(
         _compare(name, rest, intervention, recorded, level, expected)
     tables = {name: [] for name in interventions}
     with tqdm(total=len(chains), desc="states", unit="state", delay=2, leave=False) as progress:
-        for first in range(0, len(chains), _RENDERED):
-            rows = slice(first, first + _RENDERED)
+        for first in range(0, len(chains), RENDERED):
+            rows = slice(first, first + RENDERED)
             recorded = rest.record(chains.as_levels(rows))
             for name, intervention in interventions.items():
                 tables[name].append(rest.probabilities(intervention, recorded, chains.level[rows]).cpu().numpy())

@@ -168,10 +168,8 @@ def figure(tables: Tables) -> Figure:
     at = {"cheese": PLACES[0]}
     draw(kinds, tables, Panel("effects", series="kind", where=main | at, title="cheese in the bottom right", **effect))
     draw(places, tables, Panel("effects", series="cheese", where=main | {"kind": KINDS[0]}, title="zeroed", **effect))
-    others_at = at | {"kind": KINDS[0], "role": lambda role: role in (OTHER, CONTROL)}
-    draw(
-        others, tables, Panel("effects", series="role", where=others_at, title="other live channels, zeroed", **effect)
-    )
+    rest = at | {"kind": KINDS[0], "role": lambda role: role in (OTHER, CONTROL)}
+    draw(others, tables, Panel("effects", series="role", where=rest, title="other live channels, zeroed", **effect))
     (walks,) = tables["walks"]
     contingency(PairedCounts(*(walks[name] for name in OUTCOMES)), mosaic, names=("zeroed", ORIGINAL))
     mosaic.set_title(f"channel {walks['channel']} zeroed, walks with common draws")

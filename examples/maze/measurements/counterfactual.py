@@ -25,7 +25,7 @@ from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import SETS
 from maze.analysis.estimates import intervals, primary
 from maze.analysis.exact import Chains, first_hits
-from maze.analysis.forwards import BATCH, SITE, activations
+from maze.analysis.forwards import BATCH, RENDERED, SITE, activations
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.tables import suffix
 from maze.paths import Direction, top_right
@@ -33,7 +33,6 @@ from maze.paths import Direction, top_right
 SIZE = 15
 LEVELS = 200  # at most
 _TOGETHER = 50  # levels in memory at once
-_RENDERED = 1024  # states in memory at once
 CLAIM = "if the best channels act as without cheese, the mouse finds the cheese less often than with random sets"
 BEST, UP, ALL, RANDOM = "best channel of each direction", "UP channel", "all channels", "random channels"
 
@@ -77,8 +76,8 @@ def _tables(study: Study, chains: Chains, sets: Sequence[Sequence[int]]) -> NDAr
     """The action probabilities in every state, each set of channels as without the cheese: (set, state, action)."""
     policy, unseen = suffix(study.points, SITE), replace(chains, mazes=chains.mazes.without_cheese())
     tables: list[list[NDArray[np.float32]]] = [[] for _ in sets]
-    for first in tqdm(range(0, len(chains), _RENDERED), desc="states", delay=2, leave=False):
-        rows = slice(first, first + _RENDERED)
+    for first in tqdm(range(0, len(chains), RENDERED), desc="states", delay=2, leave=False):
+        rows = slice(first, first + RENDERED)
         shown, removed = (activations(study.points, each.as_levels(rows), SITE)[SITE] for each in (chains, unseen))
         for table, channels in zip(tables, sets, strict=True):
             batches = mixed(shown, removed, channels).split(BATCH)

@@ -24,7 +24,7 @@ import numpy as np
 from chanpatch.statistics import stratified_difference_interval, wilson_interval
 from maze.analysis import decision_squares as squares
 from maze.analysis.cells import Integers, Row, Table, Tables, above, chosen, keyed, shown, verdict
-from maze.analysis.decision_squares import PRECISION, Decisions, Probes
+from maze.analysis.decision_squares import DIRECTIONS, PRECISION, Decisions, Probes
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, minus, share
 from maze.analysis.part import SPLITS, Finding, Study
@@ -32,7 +32,6 @@ from maze.paths import Direction, decision_squares, top_right
 from maze.states import read_mazes
 
 SIZE = 25
-DIRECTIONS = (Direction.UP, Direction.RIGHT)
 MOST_DRAWN = 20  # levels drawn per level to accept
 ENOUGH = 200  # accepted levels if n cannot be reached: fractions are then known to 7 points
 FEWEST = 100  # levels that the claim is judged by: fractions are then known to 10 points
@@ -148,7 +147,7 @@ def finding(tables: Tables) -> Finding:
     for threshold in tables["thresholds"]:
         name = threshold["direction"]
         inside, outside = (choices[name, "accepted", split] for split in SPLITS)
-        judged = "" if _enough(inside, outside) else f", fewer than {FEWEST}, so this is not judged"
+        judged = "" if min(inside["n"], outside["n"]) >= FEWEST else f", fewer than {FEWEST}, so this is not judged"
         texts.append(
             f"{_limit(threshold)}: the mouse goes {name} in {shown(inside, 'goes', '.0%')} in distribution and "
             f"{shown(outside, 'goes', '.0%')} out of it, to the cheese in {shown(inside, 'to_cheese', '.0%')} and "
@@ -166,10 +165,6 @@ def finding(tables: Tables) -> Finding:
         f"{shown(raw, 'difference', '+.2f')}. With both path lengths matched (n={both['n_in']}, {both['n_out']}), the "
         f"difference is {shown(both, 'difference', '+.2f')}. The corner is on the way to the cheese in {left_out}.",
     )
-
-
-def _enough(inside: Row, outside: Row) -> bool:
-    return bool(min(inside["n"], outside["n"]) >= FEWEST)
 
 
 def _four(squares: Table, direction: str, split: str) -> str:

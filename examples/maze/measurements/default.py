@@ -16,14 +16,13 @@ import numpy as np
 from chanpatch.statistics import bootstrap_interval, difference_interval, mean_interval, rank_correlation
 from maze.analysis.cells import Row, Table, Tables, Values, above, below, keyed, shown, verdict
 from maze.analysis.cheese_removed import CheeseRemoved, without_cheese
-from maze.analysis.decision_squares import Probes, thresholds
+from maze.analysis.decision_squares import DIRECTIONS, Probes, thresholds
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, primary, share
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.paths import Direction
 
 SIZE = 25
-DIRECTIONS = (Direction.UP, Direction.RIGHT)
 KEPT = 0.8  # least fraction above the threshold if the channel of the corner ignores the cheese
 CLAIM = "with the cheese removed, the first step to the corner is likelier than that to the cheese"
 PICTURES = ("cheese shown", "cheese removed", "shown minus removed")

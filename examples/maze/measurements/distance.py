@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from chanpatch.statistics import bootstrap_interval, rank_correlation
 from maze.analysis import decision_squares as squares
 from maze.analysis.cells import Flags, Row, Table, Tables, Values, below, chosen, keyed, shown, verdict
-from maze.analysis.decision_squares import Decisions, Probes
+from maze.analysis.decision_squares import DIRECTIONS, Decisions, Probes
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, share
 from maze.analysis.part import SPLITS, Finding, Study
@@ -32,7 +32,6 @@ from maze.paths import Direction, top_right
 from maze.states import read_mazes
 
 SIZE = 25
-DIRECTIONS = (Direction.UP, Direction.RIGHT)
 WIDTH = 4  # of a bin of the distance from the cheese to the corner, in cells
 BINS = 8  # farther than 32 cells there are only the squares around the start
 MOUSE = "the mouse takes the way to the cheese"

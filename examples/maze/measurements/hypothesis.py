@@ -106,8 +106,8 @@ def measure(study: Study) -> dict[str, Table]:
 
 def prefers_cheese(seen: Decisions) -> Flags:
     """Whether the step to the cheese is likelier than the step to the corner: (level,)."""
-    cheese, corner = seen.towards()
-    return cheese > corner
+    every = np.arange(len(seen.moves))
+    return seen.moves[every, seen.cheese] > seen.moves[every, seen.corner]
 
 
 def _channels(pushes: Pushes) -> Table:

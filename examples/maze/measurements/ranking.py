@@ -23,7 +23,6 @@ from chanpatch import contrast
 from chanpatch.statistics import Interval, bootstrap_interval, rank_correlation
 from maze.analysis import contrasts
 from maze.analysis.cells import Row, Table, Tables, above, column, shown, verdict
-from maze.analysis.contrasts import DrawnPair
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, one_by_one
 from maze.analysis.forwards import SITE, channel_of, frames
@@ -71,7 +70,7 @@ def measure(study: Study) -> dict[str, Table]:
     return {"ranking": rows, "agreement": _agreement(rows, study.seed_for("ranking bootstrap"))}
 
 
-def _differences(study: Study, pairs: list[DrawnPair], background: Tensor) -> dict[int, dict[str, Interval]]:
+def _differences(study: Study, pairs: list[contrasts.DrawnPair], background: Tensor) -> dict[int, dict[str, Interval]]:
     """Per channel the mean absolute difference of sums over all pictures, also in standard deviations.
 
     The pictures of a pair are one observation, so a single pair has no interval.

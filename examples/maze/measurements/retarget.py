@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from chanpatch import HookPoints, patch_in
-from maze.analysis.cells import Integers, Row, Table, Tables, Values, above, keyed, shown, verdict
+from maze.analysis.cells import Integers, Table, Tables, Values, above, keyed, shown, verdict
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import effect_rows, mean_intervals, p_reached
 from maze.analysis.estimates import intervals
@@ -147,23 +147,18 @@ def finding(tables: Tables) -> Finding:
     most = max(int(row["intervention"]) for row in tables["magnitudes"])
     edge = " (the largest multiple tried)" if against["multiple"] == most else ""
     # If the cheese itself draws no mouse, half of its effect is undefined.
-    half = above(one, "effect", DRAWN * moved["effect"]) if above(moved, "effect") else None
+    draws = above(moved, "effect")
+    half = above(one, "effect", DRAWN * moved["effect"]) if draws else None
+    fraction = f"; the one channel does {one['effect'] / moved['effect']:.0%} of that" if draws else ""
     return Finding(
         f"Channel {first['channel']}, set to {against['multiple']} times its activation at the cheese{edge}: P(target) "
         f"{one['original']:.3f} becomes {one['modified']:.3f}, effect {shown(one, 'effect', '+.3f')}, n={one['n']}. "
         f"All {count} cheese channels have {shown(own, 'effect', '+.3f')}, and the cheese itself put there "
-        f"{shown(moved, 'effect', '+.3f')}{_fraction(one, moved)}.",
+        f"{shown(moved, 'effect', '+.3f')}{fraction}.",
         verdict(half),
         f"Compared with random other channels, the one does {shown(against, 'own_minus_control', '+.3f')} more, and "
         f"all do {shown(against_all, 'own_minus_control', '+.3f')} more.",
     )
-
-
-def _fraction(one: Row, moved: Row) -> str:
-    """The effect of the mark relative to the effect of the cheese; empty if the cheese has no effect."""
-    if not above(moved, "effect"):
-        return ""
-    return f"; the one channel does {one['effect'] / moved['effect']:.0%} of that"
 
 
 figure = chart(

@@ -179,7 +179,7 @@ def finding(tables: Tables) -> Finding:
         f"our pair, {single['activation']} differs most of {single['searched']}; the UP channel's first is number "
         f"{own['rank']}. "
         f"At {SITE}: {'; '.join(map(_areas, at.values()))}.",
-        verdict(_stands_out(up)),
+        verdict(None if up["p"] is None or not up["p"] <= LEVEL else up["effect"] > 0),
         f"{first} is the first hook point to predict UP with an AUC above {KNOWS}; the best on the choice mazes are "
         + "; ".join(f"{row['hook_point']} for {_areas(row)}" for row in best.values())
         + f". At {SITE}, the AUC drops out of distribution for {len(dropped)} of {len(at)} directions.",
@@ -192,8 +192,3 @@ def _areas(row: Row) -> str:
         f"{row['direction']} channel {row['channel']}{turned}, AUC {shown(row, 'in')} in and {shown(row, 'out')} out "
         f"(n={row['n_in']}, {row['n_out']})"
     )
-
-
-def _stands_out(up: Row) -> bool | None:
-    """Whether the UP channel is higher on the UP side; None if the corrected p-value leaves the question open."""
-    return None if up["p"] is None or not up["p"] <= LEVEL else up["effect"] > 0

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from chanpatch.statistics import rank_among, share_interval
+from chanpatch.statistics import share_interval
 from maze.analysis.cells import Table, Tables, above, keyed, shown, verdict
 from maze.analysis.cheese_removed import mixed, without_cheese
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import SETS
-from maze.analysis.estimates import intervals, primary
+from maze.analysis.estimates import intervals, primary, rank_cells
 from maze.analysis.part import SPLITS, Finding, Study
 
 SIZE = 25
@@ -41,9 +41,8 @@ def measure(study: Study) -> dict[str, Table]:
             row = {"split": split, "set": name, "channels": " ".join(map(str, channels)), "n": len(part)}
             shares.append(row | intervals(share=share_interval(part, total)))
         own, *controls = (part.mean() / total.mean() for part in parts)
-        rank = rank_among(own, controls, alternative="greater")
-        row = {"split": split, "rank": rank.rank, "controls": rank.controls, "rank_p": rank.p}
-        ranks.append(row | {"mean_of_random": float(np.mean(controls))})
+        rank = rank_cells(own, controls, increase=True)
+        ranks.append({"split": split, **rank, "mean_of_random": float(np.mean(controls))})
     more = np.mean(parts[1:], axis=0) - parts[0]  # out of distribution, the last split; both lower the log odds
     return {"shares": shares, "ranks": ranks, "primary": primary(CLAIM, more, seed=study.seed_for("share flips"))}
 

@@ -56,9 +56,11 @@ def measure(study: Study) -> dict[str, Table]:
             sets.append((every[:, channel], labels))
             probe = readout(study.selection, direction, channel, every, labels)
             tables["linear"].append({"direction": direction.name, "split": split, **probe})
-            goals = _goals(*sets[-1], towards_corner(direction, levels))
+            corner = towards_corner(direction, levels)
+            goals = {"cheese": area(*sets[-1]), "corner": area(sets[-1][0], corner)}
+            goals["corner_alone"] = area(corner.astype(float), labels)
             drop = minus(area(*sets[0]), area(*sets[1])) if len(sets) == 2 else None
-            tables["goals"].append({**row, "split": split, "n": len(levels), **goals, **intervals(drop=drop)})
+            tables["goals"].append({**row, "split": split, "n": len(levels), **intervals(**goals, drop=drop)})
             tables["sums"] += [
                 {**row, "split": split, "sum": float(each), "is_it": bool(label)}
                 for each, label in zip(*sets[-1], strict=True)
@@ -66,12 +68,6 @@ def measure(study: Study) -> dict[str, Table]:
         for name, fit in (("transfer", ThresholdProbe.fit), ("precise", precise_threshold)):
             tables[name] += [row | each for each in _transferred(fit, *sets, seed=study.seed_for("halves"))]
     return tables
-
-
-def _goals(sums: Values, cheese: Flags, corner: Flags) -> Row:
-    """The AUCs of the sums for the first steps to cheese and corner, and of one step for the other."""
-    alone = area(corner.astype(float), cheese)
-    return intervals(cheese=area(sums, cheese), corner=area(sums, corner), corner_alone=alone)
 
 
 def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outside: Sums, *, seed: int) -> Table:
@@ -90,7 +86,7 @@ def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outsid
     return [
         known | {name.replace(" ", "_"): cell for name, cell in record.items() if not name.endswith(" note")}
         for record in records
-        if record["quantity"] != "AUC"  # `_goals` has the AUC over all mazes
+        if record["quantity"] != "AUC"  # the table "goals" has the AUC over all mazes
     ]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chanpatch import HookPoints
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze import results
-from maze.analysis.cells import Row, Table, cells, column, read_table, shown
+from maze.analysis.cells import Row, Table, cells, chosen, column, read_table, shown
 from maze.analysis.exact import ORIGINAL, STEPS, Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.forwards import load_points
 from maze.analysis.tables import action_tables
@@ -66,7 +66,7 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
             measured[size, place] = _kept(folder / "parts", points, size, place, n, seed)
             found = scores(size, place, measured[size, place])
             for actions in ACTIONS:
-                line = (f"{MEASURES[row['measure']]} {_text(row)}" for row in found if row["actions"] == actions)
+                line = (f"{MEASURES[row['measure']]} {_text(row)}" for row in chosen(found, actions=actions))
                 print(f"    {actions}: {', '.join(line)}", flush=True)
         _write(folder, {**known, "weights": weights}, measured)
     print(f"\nResults in {folder}")
@@ -121,10 +121,10 @@ def differences(levels: Table, others: Table) -> Table:
     """
     rows: Table = []
     for size, cheese in dict.fromkeys((row["size"], row["cheese"]) for row in levels):
-        here = [index for index, row in enumerate(levels) if (row["size"], row["cheese"]) == (size, cheese)]
+        here, there = (chosen(table, size=size, cheese=cheese) for table in (levels, others))
         for actions in ACTIONS:
             name = f"found {actions}"
-            change = (column(levels, name) - column(others, name))[here].astype(np.float64)
+            change = (column(here, name) - column(there, name)).astype(np.float64)
             known = {"size": size, "cheese": cheese, "actions": actions, "n": len(here)}
             rows.append({**known, **cells("difference", mean_interval(change))})
     return rows

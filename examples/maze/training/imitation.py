@@ -26,7 +26,7 @@ from maze.paths import Direction
 from maze.policy.network import ACTIONS
 from maze.states import WORLD
 from maze.training.trainer import Trainer, Update
-from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, sampled
+from maze.training.training_data import NO_DIRECTION, WALK_DRAWS, Chunks, Examples, TrainingMazes, batches, sampled
 
 READ_FROM = "embedder.block2"  # the hook point for the auxiliary maps: (batch, channel, row=16, col=16)
 CHANNELS = 32  # at this hook point, at width 1
@@ -38,8 +38,6 @@ WEIGHT_DECAY = 1e-4
 
 PATIENCE = 256  # steps after which the policy's walk on a level is given up
 EXPERT_END = 0.3  # fraction of the run after which the policy chooses all steps of its walks
-
-_DRAWS = 2  # the draws for the walks, among those that share a seed
 
 
 class Imitation(Trainer):
@@ -120,7 +118,7 @@ class Imitation(Trainer):
     ) -> NDArray[np.int64]:
         """The next actions of the walks, sampled from the policy: (walk,)."""
         # At first most are the right step instead (DAgger's beta), since an untrained policy never leaves the start.
-        rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
+        rng = np.random.default_rng((self.settings.seed, WALK_DRAWS, number))
         draws, expert = rng.random(len(steps)), rng.random(len(steps)) < 1 - progress / EXPERT_END
         chosen = np.where(expert, steps, sampled(direction.detach().exp().cpu().numpy(), draws))
         return np.array([ACTIONS[move][0] for move in Direction])[chosen]

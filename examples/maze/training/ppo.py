@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maze.training.trainer import Trainer, Update
-from maze.training.training_data import REWARDED, TrainingMazes, sampled
+from maze.training.training_data import REWARD_DRAWS, REWARDED, TrainingMazes, sampled
 
 STEPS = 256  # in every maze between two updates
 EPOCHS = 3
@@ -28,8 +28,6 @@ DISCOUNT, TRACE = 0.999, 0.95  # gamma and lambda
 CLIP = 0.2
 ENTROPY_WEIGHT = 0.01
 VALUE_WEIGHT = 0.005  # a half, and a hundredth since the reward is 10 and the error is squared
-
-_DRAWS = 3  # the draws for actions and minibatches, among those that share a seed
 
 
 class Experience(NamedTuple):
@@ -57,7 +55,7 @@ class PPO(Trainer):
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.rate, eps=1e-5)
 
     def update(self, number: int, progress: float) -> Update:
-        rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
+        rng = np.random.default_rng((self.settings.seed, REWARD_DRAWS, number))
         started = time.perf_counter()
         experience = self._experience(rng)
         acting = time.perf_counter() - started

@@ -185,7 +185,6 @@ class Trainer:
 
 
 def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(exist_ok=True)
     with replaced(file) as partial:
         partial.write_bytes(content)
 

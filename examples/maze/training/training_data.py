@@ -30,7 +30,8 @@ CHUNK = LEVELS * CHEESES * MICE
 
 NO_DIRECTION = -1  # in `Examples.field`, on squares without a label
 
-_STREAM, WALKED, REWARDED = 0, 1, 4  # kinds of draws that share a seed
+# Kinds of draws that share a seed: the stream; levels and actions of the walks; actions, minibatches and levels of PPO.
+STREAM, WALKED, WALK_DRAWS, REWARD_DRAWS, REWARDED = range(5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class Chunks(Dataset[Examples]):
     large: float = 0.0
 
     def __getitem__(self, number: int) -> Examples:
-        draw = (self.seed, _STREAM, number)
+        draw = (self.seed, STREAM, number)
         levels = fresh_levels(draw, self.large)
         rng = np.random.default_rng((*draw, 1))
         mazes = example_mazes(levels, rng)
