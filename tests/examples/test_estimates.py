@@ -39,7 +39,9 @@ NO_ESTIMATES = {
     "chosen_by": SETTING,  # too high by the choice; the score on other mazes stands beside it
     **dict.fromkeys(("sum", "sum_0", "sum_1", *(f"col_{col}" for col in range(8))), ONE),
     **dict.fromkeys((f"{what}_{to}" for what in ("original", "zeroed") for to in ("left", "down", "up", "right")), ONE),
-    **dict.fromkeys(("controls_lowest", "controls_highest"), OTHER),
+    **dict.fromkeys(
+        ("controls_lowest", "controls_highest", "random_lowest", "random_highest", "mean_of_random"), OTHER
+    ),
     **dict.fromkeys(("p", "adjusted_p", "rank_p", "mcnemar_p"), P),
 }
 OF = ("n", "pairs", "channels")
@@ -47,6 +49,8 @@ OF = ("n", "pairs", "channels")
 IN_TABLE = {
     **dict.fromkeys((f"random-mazes/{name}" for name in ("areas", "behaviour", "pictures")), {"share"}),  # a setting
     "spatial/shares": {"distance"},  # a setting
+    "dose/doses": {"factor"},  # a setting
+    "direction/ranks": {"own"},  # stands in the tables of choices and episodes with its interval
     "search/activations": {"difference", "std", "effect"},  # of one pair, so nothing varies that an interval is about
 }
 

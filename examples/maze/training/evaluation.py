@@ -48,6 +48,7 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
     if not parts:
         raise UserError(f"No maze in --sizes has a square outside the top right {REGION}x{REGION}. Add a larger size.")
     points, weights = load_points(file)
+    draw_levels(0, seed=seed)  # raises an error for a wrong seed before a folder is made
     known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": results.versions()}
     folder = out / f"evaluation-n{n}-seed{seed}-{results.settings_key(known | {'weights': weights['sha256']})}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
