@@ -103,7 +103,7 @@ def train(options: argparse.Namespace) -> int:
     from maze.training.ppo import PPO
     from maze.training.trainer import LOG, WEIGHTS
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     policy, facts = (None, {}) if options.start is None else load_policy(options.start)
     settings = _settings(options, facts, device.type)
     auxiliary = "" if options.auxiliary is None else f"-{options.auxiliary.replace(',', '-')}"
@@ -126,6 +126,12 @@ def train(options: argparse.Namespace) -> int:
             return 130
     print(f"Done: {folder / WEIGHTS}\nLosses: {folder / LOG}")
     return 0
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -> argparse.Namespace:

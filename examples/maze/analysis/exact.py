@@ -204,8 +204,7 @@ class _ChainsVectorEnv(VectorEnv):
         self._state = chains.start
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Integers, dict[str, Any]]:
-        self._start = self.chains.start[np.asarray(seed)]
-        self._state = self._start
+        self._start = self._state = self.chains.start[np.asarray(seed)]
         return self._state, {}
 
     def step(self, actions: Integers) -> tuple[Integers, Values, Flags, Flags, dict[str, Any]]:

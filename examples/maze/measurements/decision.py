@@ -185,8 +185,6 @@ def _limit(threshold: Row) -> str:
 
 
 _SQUARES = Panel("squares", ("leads_to", "goes"), "share", "percent of squares", ("squares", "split"), scale=100)
-
-
 figure = chart(
     *(replace(_SQUARES, where={"direction": each.name}, title=f"mouse goes {each.name}") for each in DIRECTIONS),
     Panel("matched", "matched_on", "difference", "to the cheese: in minus out, points", "squares", scale=100),

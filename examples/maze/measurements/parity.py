@@ -162,8 +162,6 @@ def finding(tables: Tables) -> Finding:
 
 
 _CASE = ("direction", "square")
-
-
 figure = chart(
     Panel("between", "compared", "rank_correlation", "rank correlation of separations"),
     Panel("transfer", _CASE, {"own class": "auc_own", "other class": "auc_other"}, "AUC on the class", line=0.5),

@@ -124,8 +124,6 @@ def _auc(row: Row) -> str:
 
 
 _NAMED, _TOP = ("channel", "label"), {"rank": lambda rank: rank <= TOP}
-
-
 figure = chart(
     Panel("ranking", _NAMED, "absolute", "mean absolute difference of sums, our pair", where=_TOP),
     Panel("ranking", _NAMED, "auc_choice", "AUC on squares with a choice", where=_TOP, line=0.5),

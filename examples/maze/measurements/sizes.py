@@ -67,8 +67,6 @@ def finding(tables: Tables) -> Finding:
 
 
 _AREAS = Panel("sizes", "size", "auc", "AUC", "split", along=True, line=0.5)
-
-
 figure = chart(
     *(replace(_AREAS, where={"direction": each.name}, title=each.name) for each in Direction), size=(3.6, 4.4)
 )
