@@ -203,7 +203,7 @@ sweep(points, sequence, strategy="loop", **swept)
 sweep(points, sequence, strategy="vmap", **swept | dict(max_bytes=1))
 before = peak_memory()
 result = sweep(points, sequence, **swept)
-assert [group.strategy for group in result.groups] == ["vmap"]
+assert [group.strategy for group in result.groups] == ["fold"]
 print((peak_memory() - before) / 2**20)
 """
 
@@ -226,7 +226,7 @@ sweep(points, observations, strategy="loop", **swept)
 sweep(points, observations, strategy="vmap", **swept | dict(max_bytes=1))
 before = peak_memory()
 result = sweep(points, observations, **swept)
-assert [group.strategy for group in result.groups] == ["vmap"]
+assert [group.strategy for group in result.groups] == ["fold"]
 print((peak_memory() - before) / 2**20)
 """
 
