@@ -126,7 +126,7 @@ def test_the_committed_first_page_has_at_most_350_words_and_states_the_result_ov
     first = page[page.index("<main>") : page.index("</section>")]
     assert len(words(first)) <= 350
     for text in (first, (DOCS / "report.md").read_text()):
-        assert "the mouse finds the cheese less often without this direction: -0.19 (-0.27 to -0.11), n=100." in text
+        assert "less often without the direction “the corner is UP”: -0.19 (-0.27 to -0.11), n=100." in text
 
 
 def test_the_main_part_has_at_most_4000_words_and_700_numbers(main):
@@ -229,39 +229,38 @@ def test_a_prediction_is_confirmed_by_its_criteria_and_its_corrected_p_value(agr
     assert status(None, p) == "not measured"
 
 
-def answer(folder):
+def answer(folder, part="answer"):
     page = (folder / "report.html").read_text()
-    return page[page.index("id='answer'>") :].split("</p>")[0].partition(">")[2].replace("&#39;", "'")
+    return page[page.index(f"id='{part}'>") :].split("</p>")[0].partition(">")[2].replace("&#39;", "'")
 
 
-def test_the_answer_has_a_sentence_per_prediction(folder, tmp_path):
+def test_the_answer_has_three_sentences_with_the_status_of_each_prediction(folder, tmp_path):
     assert answer(folder) == (
         "The corner is the mouse's default, which the cheese corrects less out of distribution than in it. A few "
-        "channels, the best of each direction, carry much of the cheese's effect. The mouse finds the cheese less "
+        "channels, the best of each direction, carry much of the cheese's effect; the mouse finds the cheese less "
         "often if these channels act as without the cheese. One direction of relu3, “the corner is UP”, carries much "
-        "of the preference for the corner. Over whole episodes, the mouse finds the cheese less often without this "
-        "direction: -0.19 (-0.29 to -0.09), n=200. The mouse finds the cheese less often the higher the UP channel is "
-        "scaled."
+        "of the preference for the corner; the mouse finds the cheese less often the higher the UP channel is scaled."
     )
     assert answer(written(tmp_path, ["mine"], "in part", ("share", "direction"))) == (
         "It was not measured whether the corner is the mouse's default, which the cheese corrects less out of "
-        "distribution than in it. A few channels, the best of each direction, carry much of the cheese's effect. This "
-        "is confirmed only in part. It was not measured whether the mouse finds the cheese less often if these "
-        "channels act as without the cheese. One direction of relu3, “the corner is UP”, carries much of the "
-        "preference for the corner. This is confirmed only in part. Over whole episodes, the mouse finds the cheese "
-        "less often without this direction: -0.19 (-0.29 to -0.09), n=200. It was not measured whether the mouse finds "
-        "the cheese less often the higher the UP channel is scaled."
+        "distribution than in it. A few channels, the best of each direction, carry much of the cheese's effect "
+        "(confirmed in part); it was not measured whether the mouse finds the cheese less often if these channels act "
+        "as without the cheese. One direction of relu3, “the corner is UP”, carries much of the preference for the "
+        "corner (confirmed in part); it was not measured whether the mouse finds the cheese less often the higher the "
+        "UP channel is scaled."
     )
 
 
-@pytest.mark.parametrize(("effect", "change"), [(0.19, "more often"), (0.01, "about as often")])
-def test_the_answer_states_in_which_direction_the_mouse_changes_over_whole_episodes(effect, change, tmp_path):
+@pytest.mark.parametrize(("effect", "change"), [(-0.19, "less often"), (0.19, "more often"), (0.01, "about as often")])
+def test_the_first_page_states_how_the_mouse_changes_over_whole_episodes(effect, change, tmp_path):
     folder = written(tmp_path, ["mine"], only=("direction",), episodes=effect)
-    assert f"the mouse finds the cheese {change} without this direction: +{effect} (" in answer(folder)
+    found = answer(folder, "episodes")
+    assert found.startswith("Over whole episodes, the mouse finds the cheese ")
+    assert f"{change} without the direction “the corner is UP”: {effect:+} (" in found
 
 
-def test_the_answer_is_silent_about_whole_episodes_that_were_not_measured(tmp_path):
-    assert "Over whole episodes" not in answer(written(tmp_path, ["mine"], only=("share",)))
+def test_the_first_page_is_silent_about_whole_episodes_that_were_not_measured(tmp_path):
+    assert not answer(written(tmp_path, ["mine"], only=("share",)), "episodes")
 
 
 def test_the_number_that_decides_a_part_is_the_first_that_was_measured():
