@@ -82,9 +82,9 @@ def test_the_effect_of_zeroed_channels_is_that_of_a_dense_matrix_of_the_patched_
 
 def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     points, levels = shipped_points(), draw_levels(6, size=5, seed=3, cheese="in distribution")
-    reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)
+    reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)[SITE]
     chains = Chains.of(levels)
-    intervention = ablation(points, "resample", [7, 8], reference[SITE][None], seed=7)
+    intervention = ablation(points, "resample", [7, 8], reference[None], seed=7)
     table = action_tables(points, chains, {"resampled": intervention})["resampled"]
     patch = resample_ablate(points.site(SITE, channel=[7, 8]), reference, seed=7)
     first = frames(levels)

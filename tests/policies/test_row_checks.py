@@ -29,8 +29,8 @@ MIXES = (
 )
 PATCH_DRAWS = (
     "A patch at 'net.1' draws random numbers from a generator. In a sweep, the numbers would differ between labels, so "
-    "equal patches would have different effects. Use context.uniform(shape), whose numbers depend only on the episode "
-    "and the step."
+    "identical patches would have different effects. Use context.uniform(shape), whose numbers depend only on the "
+    "episode and the step."
 )
 
 

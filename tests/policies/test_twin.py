@@ -1068,7 +1068,7 @@ def test_what_holds_no_action_distribution_is_described(output, described):
 
 
 def test_a_policy_without_forward_is_told_what_to_pass(vector):
-    with pytest.raises(DistributionError, match=r"Agent has no forward\(\). To rollout"):
+    with pytest.raises(DistributionError, match=r"Agent has no forward\(\). For rollout"):
         action_distribution(Agent(), vector)
 
 
