@@ -1,14 +1,49 @@
-"""The models of models.py as fixtures, and Ctrl-C as in a terminal."""
+"""The models of models.py as fixtures, Ctrl-C as in a terminal, and skips where procgen is not installed."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Generator
+from importlib.util import find_spec
 
 import pytest
 from models import MODELS, Model, build
 
+from maze.environment.requirements import MissingRequirement
+
+NO_PROCGEN = find_spec("procgen") is None  # as on Python 3.12 and later
+STUDY = ["examples/maze", "examples/test_maze_goal_misgen.py"]  # tests of commands that end at once without procgen
+collect_ignore = STUDY if NO_PROCGEN else []
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> list[str]:
+    """Say at the start of a run what is left out."""
+    left_out = " and ".join(f"tests/{path}" for path in STUDY)
+    return [f"procgen is not installed: tests that need it are skipped, and {left_out} are left out"] * NO_PROCGEN
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    """Skip a test whose fixtures need procgen, if procgen is not installed."""
+    yield from _skipped_without_procgen()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Skip a test that needs procgen, if procgen is not installed."""
+    yield from _skipped_without_procgen()
+
+
+def _skipped_without_procgen() -> Generator[None, None, None]:
+    try:
+        yield
+    except MissingRequirement as error:
+        if NO_PROCGEN:
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(params=list(MODELS))

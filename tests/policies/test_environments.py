@@ -196,7 +196,7 @@ def test_ends_infos_and_methods_are_those_of_gymnasium(kind):
     assert all(actions[1] == 1 for actions in done.actions)
 
 
-# --- gym3 and procgen; the names of these tests contain procgen, which Python 3.12 and later do not have
+# --- gym3 and procgen
 
 
 def mazes(num: int = 3) -> Any:
@@ -266,11 +266,12 @@ def test_patched_episodes_of_procgen_are_paired_by_level_and_by_state(wrap):
 
 
 def test_a_missing_state_of_procgen_and_an_environment_without_levels_are_refused():
-    import gym3
-
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), from_gym3(coin_runs(1), coin_runs(1).get_state()), [0, 1], **MODES)
     assert str(caught.value) == "Seeds must be indices into states, less than 1; got 1."
+
+    import gym3
+
     with pytest.raises(RolloutError) as caught:
         rollout(seeing(), gym3.Env(gym3.types.discrete_scalar(2), gym3.types.discrete_scalar(2), 1), [0], **MODES)
     assert str(caught.value) == (
