@@ -323,10 +323,10 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore the dict `each` to its saved contents, `noted`.
+    """Restore the dict `each` to its saved contents, `noted`, with two exceptions.
 
-    In a dict of hooks, chanpatch's hooks are not changed. In a module's attribute dict, callables are not changed,
-    because a method may be wrapped.
+    In a dict of hooks, chanpatch's own hooks stay as they are. In a module's attribute dict, callables stay as they
+    are, because chanpatch may have wrapped a method.
     """
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}

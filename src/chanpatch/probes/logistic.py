@@ -91,7 +91,7 @@ class LogisticProbe:
             penalty: L2 penalty: the loss includes `penalty` times half the squared norm of the coefficients.
 
         Raises:
-            ProbeError: If sums and labels are invalid or do not match, or the penalty is not positive.
+            ProbeError: If sums or labels are invalid or do not match, or the penalty is not positive.
 
         References:
             Hastie, Tibshirani and Friedman, "The elements of statistical learning" (2009), section 4.4.
@@ -121,7 +121,7 @@ class LogisticProbe:
             labels: Booleans (or 0 and 1) with shape `(input,)`.
 
         Raises:
-            ProbeError: If sums and labels are invalid, or do not match each other or the probe.
+            ProbeError: If sums or labels are invalid, or do not match each other or the probe.
         """
         array, positive = _checked(sums, labels)
         probability = self.predict(array)

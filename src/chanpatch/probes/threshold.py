@@ -101,7 +101,7 @@ class ThresholdProbe(Records):
             seed: Random seed for the split into halves.
 
         Raises:
-            ProbeError: If sums and labels are invalid or do not match, a label is too rare, or the sums do not vary.
+            ProbeError: If sums or labels are invalid or do not match, a label is too rare, or the sums do not vary.
 
         References:
             Youden, "Index for rating diagnostic tests" (1950).
@@ -173,7 +173,7 @@ class ThresholdProbe(Records):
             labels: Booleans (or 0 and 1) with shape `(input,)`, with at least two positives and two negatives.
 
         Raises:
-            ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
+            ProbeError: If sums or labels are invalid or do not match, or a label is too rare.
         """
         array = finite("sums", sums, ("input",), ProbeError)
         positive = two_groups(labels, len(array), 2, ProbeError)

@@ -267,7 +267,7 @@ def _free_axes(
         except Exception as fault:
             raise SiteError(
                 f"free={{'{name}': {axis}}}: the model fails if the length of this axis increases by 1. Omit "
-                f"the axis, or prevent this error: {fault}"
+                f"the axis, or fix the cause of this error: {fault}"
             ) from fault
         for fired in trace.fired:
             point, before = trace.name(fired), tuple(fired.tensor.shape)

@@ -232,7 +232,7 @@ class _Run:
         return is_read
 
     def _spread(self, call: Call) -> Any:
-        """Return the output of a skipped module call, repeated for each block if anything reads the output."""
+        """Return the output of a skipped module call, once for each block of rows if anything reads the output."""
         output = fresh(call.output)
         if not self._is_read((call.module, call.number)):
             return output

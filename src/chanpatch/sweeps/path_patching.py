@@ -214,7 +214,7 @@ class Paths:
         return [site for site in self.receivers[label] if self._order[site.name] <= first]
 
     def _between(self, sender: Any, label: Any) -> list[Site]:
-        """Check the receivers with a label, and return the sites to freeze between the sender and the last receiver."""
+        """Check the receivers labeled `label`; return the sites to freeze between the sender and the last of these."""
         points, order, receivers = self.points, self._order, self.receivers[label]
         if before := self._too_early(sender, label):
             raise SiteError(
