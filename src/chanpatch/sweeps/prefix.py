@@ -265,8 +265,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
-        ours = _caller(1).startswith(_OURS)
-        if name == "__get__" or (ours and name != "clone"):  # the inputs are clones
+        if name == "__get__" or ((ours := _caller(1).startswith(_OURS)) and name != "clone"):  # the inputs are clones
             return output
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         given = {storage(tensor) for tensor in tensors}
