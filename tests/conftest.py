@@ -20,7 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us 
 
 
 def pytest_report_header() -> list[str]:
-    """Say at the start of a run what is left out."""
+    """List the tests that are left out, at the start of a run."""
     left_out = " and ".join(f"tests/{path}" for path in STUDY)
     return [f"procgen is not installed: tests that need it are skipped, and {left_out} are left out"] * NO_PROCGEN
 

@@ -707,7 +707,7 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "There is no tensor at '0.out[0]' in this forward pass: found NoneType in Tensor. Call hook_points() "
+        "Expected a tensor at '0.out[0]' in this forward pass; got NoneType in Tensor. Call hook_points() "
         "with inputs like the ones in this forward pass, and use the names that it lists."
     )
 

@@ -69,14 +69,14 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path. Raise an error if there is no tensor, or only a nested tensor."""
+        """Return the tensor at the listener's path. Raise an error if the value is not a tensor, or is nested."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):
             leaf = None
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
-                f"There is no tensor at '{self.place.name}' in this forward pass: found {type(leaf).__name__} in "
+                f"Expected a tensor at '{self.place.name}' in this forward pass; got {type(leaf).__name__} in "
                 f"{type(tree).__name__}. Call hook_points() with inputs like the ones in this forward pass, and use "
                 "the names that it lists."
             )
