@@ -75,6 +75,15 @@ def test_every_number_with_a_decimal_point_or_percent_sign_in_a_tutorials_text_i
     assert [claim for claim in claims if claim not in outputs and claim not in known] == []
 
 
+def test_the_first_sentence_of_every_page_says_what_the_reader_can_do_with_the_page() -> None:
+    opening = re.compile(
+        r"# [^\n]+\n\n(Use (this page|these five nouns) to|This page (shows|helps you)|Your code can|"
+        r"(Compare|Compute|Create|Find|List|Look up|Measure|Name|Play|Predict|Record|Save|Steer|Turn|Draw)\b)"
+    )
+    written = [page for page in pages.DOCS.rglob("*.md") if not page.stem.endswith(("_table", "changelog"))]
+    assert [page.name for page in written if not opening.match(page.read_text())] == ["report.md"]  # a result
+
+
 def test_the_gallery_shows_every_figure_of_the_library() -> None:
     text = (pages.DOCS / "gallery.md").read_text()
     assert [name for name in chanpatch.plots.__all__ if not re.search(rf"\b{name}\b", text)] == []
