@@ -6,15 +6,18 @@ functions propagate the axis names of their inputs. All other axes are named `ax
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..engine.paths import Item, Path, leaves
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
 Names = tuple["str | None", ...]
 
 _SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
@@ -128,3 +131,14 @@ class NamePropagation(TorchFunctionMode):
                 if operand.shape == result.shape and any(self.names(operand)):
                     self.learn(result, self.names(operand))
         return result
+
+
+def unwatched(function: _Function) -> _Function:
+    """Decorator that disables NamePropagation, which slows down each access to an attribute of a tensor."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return cast("_Function", call)

@@ -18,7 +18,7 @@ from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace,
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..views import View
-from .axes import NamePropagation, Names, axis_names
+from .axes import NamePropagation, Names, axis_names, unwatched
 from .names import alternative, selected, spellings, written_name
 from .sites import HookPoint
 
@@ -60,8 +60,9 @@ class Trace:
         self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
         self.calls: Counter[str] = Counter()
         self.known = NamePropagation()
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.module_names: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in self.modules.items():
             self.module_names.setdefault(module, []).append(name)
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
@@ -88,9 +89,10 @@ class Trace:
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
         """Return the other names of a hook point. There are other names only if the hook point's module is shared."""
-        names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
+        names = () if fired.side == "tap" else self.module_names[self.modules[fired.module]][1:]
         return tuple(self.name(fired, other) for other in names)
 
+    @unwatched
     def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self.module_names[module][0]
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
@@ -102,6 +104,7 @@ class Trace:
             self._note(fired, module)
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
+    @unwatched
     def _on_output(self, module: nn.Module, output: Any) -> None:
         while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
             self._stack.pop()
@@ -110,6 +113,7 @@ class Trace:
             read_only = in_distribution(output, path)
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
 
+    @unwatched
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._note(_Fired(name, "tap", (), self.calls[name], tensor))
         self.calls[name] += 1
@@ -155,9 +159,11 @@ def traced_run(
     _refuse_shared_names(trace)
     proved, shapes = _proved_batches(method, inputs, keywords, trace)
     grown = _free_axes(trace, method, inputs, keywords, free, shapes) if free else {}
+    sizes = {name: sum(weight.numel() for weight in module.parameters()) for name, module in trace.modules.items()}
     return {
         "points": [
-            _point(trace, fired, proved.get(name := trace.name(fired)), grown.get(name, {})) for fired in trace.fired
+            _point(trace, fired, sizes.get(fired.module, 0), proved.get(name := trace.name(fired)), grown.get(name, {}))
+            for fired in trace.fired
         ],
         "calls": trace.calls,
         "not_called": [names[0] for names in trace.module_names.values() if names[0] and not trace.calls[names[0]]],
@@ -178,11 +184,11 @@ def _total(weight: Tensor) -> Any:
 
 def _refuse_shared_names(trace: Trace) -> None:
     """Raise HookPointError if two hook points have the same name, or if a tap has the same name as a module."""
-    counts, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
+    counts = Counter(map(trace.name, trace.fired))
     for fired in sorted(trace.fired, key=lambda each: each.side != "tap"):
         name = trace.name(fired)
-        if fired.side == "tap" and (counts[name] > 1 or fired.module in modules):
-            other = "a module" if fired.module in modules else "another hook point"
+        if fired.side == "tap" and (counts[name] > 1 or fired.module in trace.modules):
+            other = "a module" if fired.module in trace.modules else "another hook point"
             raise HookPointError(f"tap('{fired.module}', ...) has the same name as {other}. Rename the tap.")
         if counts[name] > 1:
             raise HookPointError(
@@ -344,8 +350,8 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
     return found
 
 
-def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
-    """Create a HookPoint for a tensor from a trace.
+def _point(trace: Trace, fired: _Fired, size: int, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
+    """Create a HookPoint for a tensor from a trace. `size` is the number of parameters in the hook point's module.
 
     `free` maps the index of each free axis to a name. The name is used only if the axis has no other name.
     """
@@ -356,7 +362,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[in
         names[axis] = names[axis] or (None if name in names else name)
     if batch_axis is not None:
         names[batch_axis] = "batch"
-    module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
+    module = None if fired.side == "tap" else trace.modules[fired.module]
     return HookPoint(
         name=trace.name(fired),
         axes=tuple(
@@ -367,7 +373,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[in
         dtype=tensor.dtype,
         device=tensor.device,
         module_type="tap" if module is None else type(module).__name__,
-        parameters=0 if module is None else sum(parameter.numel() for parameter in module.parameters()),
+        parameters=size,
         aliases=trace.aliases(fired),
         module=fired.module,
         side=fired.side,
