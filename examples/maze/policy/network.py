@@ -59,8 +59,8 @@ def load_policy(
     """Load a policy in eval mode, and facts about its weights.
 
     Args:
-        path: A `.safetensors` file, or a `.pth` file with a state dict, plain or under `model_state_dict`, of any
-            width. None loads the shipped weights.
+        path: A `.safetensors` file, or a `.pth` file with a state dict of any width, plain or under
+            `model_state_dict` or `state_dict`. None loads the shipped weights.
         build: Function that returns the network of a width: `new_policy` or `original_policy`.
 
     Returns:
@@ -111,13 +111,14 @@ def _tensors(file: Path, content: bytes) -> dict[str, Tensor]:
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"The weights '{file}' are damaged, or contain code instead of tensors.") from error
-    if isinstance(loaded, Mapping) and "model_state_dict" in loaded:
-        loaded = loaded["model_state_dict"]
+    for key in ("model_state_dict", "state_dict"):
+        loaded = loaded.get(key, loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(loaded, Mapping) or not all(isinstance(weight, Tensor) for weight in loaded.values()):
         raise UserError(
-            f"The weights '{file}' contain no state dict; expected tensors by name, plain or under 'model_state_dict'."
+            f"The weights '{file}' contain no state dict; expected tensors by name, plain or under 'model_state_dict' "
+            "or 'state_dict'."
         )
-    return dict(loaded)
+    return {name.removeprefix("module."): weight for name, weight in loaded.items()}  # the prefix is from DataParallel
 
 
 def _faults(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

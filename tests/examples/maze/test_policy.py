@@ -58,13 +58,15 @@ def test_a_policy_can_be_built_by_procgen_tools(observations):
 
 
 @pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", ["", "model_state_dict", "state_dict", "module."])
 def test_a_pth_file_gives_the_policy_that_was_saved_through_a_twin_too(tmp_path, observations, width, wrapped):
     policy = original(width)
     with torch.no_grad():
         policy.fc_policy.weight.mul_(100)  # so that the logits differ visibly
     weights = policy.state_dict()
-    torch.save({"model_state_dict": weights} if wrapped else weights, tmp_path / "model.pth")
+    if wrapped == "module.":  # as nn.DataParallel names them
+        weights = {f"module.{name}": weight for name, weight in weights.items()}
+    torch.save({wrapped: weights} if wrapped.endswith("dict") else weights, tmp_path / "model.pth")
     loaded, facts = load_policy(tmp_path / "model.pth")
     with torch.no_grad():
         expected, value = policy(observations)
@@ -273,7 +275,8 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     path = tmp_path / "other.pth"
     torch.save(content, path)
     assert refusal(path) == (
-        f"The weights '{path}' contain no state dict; expected tensors by name, plain or under 'model_state_dict'."
+        f"The weights '{path}' contain no state dict; expected tensors by name, plain or under 'model_state_dict' "
+        "or 'state_dict'."
     )
 
 
