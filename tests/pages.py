@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ _BLOCK = re.compile(
     r"(```python\n(.*?)```\n)(?:\n```text\n(.*?)```\n)?(\n!\[[^]]*\]\((\S+)\)\n)?", re.DOTALL
 )  # code, output, image
 _COMMENT = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 _SMALL = re.compile(r"^(\w+ = ).*  # (.+) in the tests$", re.MULTILINE)
 _INSTALL = re.compile(r"```sh\n(pip .*)\n```")
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -63,6 +65,18 @@ def run(page: str, *, small: bool = False) -> tuple[dict[str, Any], list[Block]]
         shown = below or "".join(f"{line}\n" for line in _COMMENT.findall(code))
         blocks.append(Block(shown, lines, image, [pyplot.figure(number) for number in pyplot.get_fignums()]))
     return names, blocks
+
+
+def agree(printed: str, shown: str) -> bool:
+    """Return whether two outputs are equal except for rounding, which differs between processors, and for spaces."""
+    if _NUMBER.sub("#", printed).split() != _NUMBER.sub("#", shown).split():
+        return False
+    pairs = [*zip(_NUMBER.findall(printed), _NUMBER.findall(shown), strict=True)]
+    return all(one == other or (_is_close(one, other) and not (one + other).isdigit()) for one, other in pairs)
+
+
+def _is_close(one: str, other: str) -> bool:
+    return math.isclose(float(one), float(other), rel_tol=1e-3, abs_tol=1e-6)
 
 
 def written(page: str) -> str:
