@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from models import build
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
     Distribution,
@@ -223,6 +223,14 @@ def test_a_metric_compares_if_it_has_a_keyword_only_baseline() -> None:
     assert all(compares(metric) and compares(at_position(metric, -1)) for metric in COMPARING)
     assert not any(compares(metric) or compares(at_position(metric, -1)) for metric in [*ONE_OUTPUT, value])
     assert not compares(lambda output, baseline=None: output)
+
+
+def test_a_module_is_a_metric_that_compares_if_its_forward_does() -> None:
+    class Module(nn.Module):
+        def forward(self, output: Tensor, *, baseline: Tensor) -> Tensor:
+            return total_variation(output, baseline=baseline)
+
+    assert torch.equal(measured(Module(), LOGITS, OTHER), total_variation(LOGITS, baseline=OTHER))
 
 
 def test_a_metric_whose_baseline_was_given_keeps_it() -> None:

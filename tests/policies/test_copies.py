@@ -179,6 +179,25 @@ def test_a_hook_on_a_twin_that_holds_the_twin_is_refused_in_a_twin_of_it():
         PatchedPolicy(twin, zero_ablate(Site("b")))
 
 
+def test_a_handle_of_a_hook_that_a_policy_stores_removes_the_twins_own_hook(x: Tensor) -> None:
+    class Storing(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.handle = self.a.register_forward_hook(self.keep)
+
+    policy = Storing()
+    twin = PatchedPolicy(policy, ON_A)
+    twin(x)
+    assert twin.feats
+    assert not policy.feats
+    twin.handle.remove()
+    twin.feats.clear()
+    twin(x)
+    policy(x)
+    assert not twin.feats
+    assert policy.feats
+
+
 # --- state ---
 
 

@@ -472,3 +472,44 @@ def test_outputs_and_masks_that_do_not_fit_are_refused(name):
     with pytest.raises(kind) as caught:
         ask(SyncVectorEnv([Allowing] * 3))
     assert str(caught.value) == message
+
+
+def test_actions_may_be_an_array(allowing: SyncVectorEnv) -> None:
+    done = rollout(lambda seen: seen[:, :1].numpy().argmax(1) + 2, allowing, [0, 1], max_steps=9, outputs="actions")
+    assert all((actions == 2).all() for actions in done.actions)
+
+
+def test_a_recurrent_policy_without_its_initial_state_is_told_to_pass_it(allowing: SyncVectorEnv) -> None:
+    class Remembering(nn.Module):
+        def forward(self, seen: torch.Tensor, state: Any = None) -> Any:
+            return seen[:, [0, 1, 2, 0]], torch.zeros(1, len(seen), 8)
+
+    with pytest.raises(DistributionError) as caught:
+        rollout(Remembering(), allowing, [0], max_steps=2, outputs="logits")
+    assert str(caught.value).endswith(
+        "lambda observations: policy(observations)[0]. If the policy is recurrent, pass initial_state to the rollout."
+    )
+
+
+class Pressing(Allowing):
+    """Two buttons, one of which may be pressed in each step."""
+
+    action_space = spaces.MultiBinary(2)
+
+    def action_masks(self) -> Any:
+        return np.array([True, self.steps % 2 == 0, True, self.steps % 2 == 1])
+
+    def step(self, action: Any) -> Any:
+        assert self.action_masks().reshape(2, 2)[range(2), action].all()
+        return super().step(0)
+
+
+def test_masks_of_buttons_are_those_of_predict() -> None:
+    model = MaskablePPO("MlpPolicy", Pressing(), seed=0)
+    envs, masks = SyncVectorEnv([Pressing] * 2), MASKS["a method of the environments"]
+    done = rollout(model, envs, range(3), max_steps=9, greedy=True, masks=masks, keep="observations")
+    for seen, actions in zip(done.kept["observations"], done.actions, strict=True):
+        for step, (observation, action) in enumerate(zip(seen, actions, strict=True)):
+            allowed = np.array([True, step % 2 == 0, True, step % 2 == 1])
+            wanted, _ = model.predict(observation, deterministic=True, action_masks=allowed)
+            assert action.tolist() == wanted.tolist()

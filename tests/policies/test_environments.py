@@ -396,3 +396,23 @@ def test_an_agent_that_an_environment_lacks_is_named():
         str(caught.value)
         == "The environment has no agent 'fourth'. Pass one of its agents: 'first', 'second', 'third'."
     )
+
+
+class Tensors(gymnasium.vector.VectorWrapper):
+    """Returns tensors, as simulators on a GPU and gymnasium's NumpyToTorch do."""
+
+    def reset(self, **options: Any) -> Any:
+        observations, infos = self.env.reset(**options)
+        return torch.from_numpy(observations), infos
+
+    def step(self, actions: Any) -> Any:
+        *each, infos = self.env.step(actions)
+        return *map(torch.from_numpy, each), infos
+
+
+def test_environments_that_return_tensors_play_the_same_episodes() -> None:
+    envs, head = SyncVectorEnv([cart_pole] * 3), policy()
+    wanted = rollout(head, envs, SEEDS, **MODES)
+    both = paired_rollouts({"one": head, "other": nn.Sequential(head)}, Tensors(envs), SEEDS, **MODES)
+    assert same(both["one"], wanted)
+    assert same(both["other"], wanted)

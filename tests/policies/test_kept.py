@@ -249,3 +249,24 @@ def test_joined_parts_are_checked_to_be_paired():
     object.__setattr__(other, "rollouts", rollouts)
     with pytest.raises(RolloutError, match=r"episode 4 \(seed 7\) differs at step 0"):
         one + other
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_statistics_that_a_vector_wrapper_adds_are_those_of_the_finished_episode(mode: AutoresetMode) -> None:
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv([Counting] * 3, autoreset_mode=mode))
+    done = rollout(act, envs, SEEDS, max_steps=9, outputs="logits", keep=["episode", "at reset"])
+    for episode, length in enumerate(lengths()):
+        last = done.kept["episode"][episode][-1]
+        assert (last["r"], last["l"]) == (done.returns[episode], length)
+        assert [*done.kept["at reset"][episode]] == [length] + [None] * length
+
+
+def test_infos_in_a_list_are_kept_by_nobody() -> None:
+    envs = gymnasium.wrappers.vector.DictInfoToList(SyncVectorEnv([Counting] * 3))
+    assert rollout(act, envs, SEEDS, max_steps=9, outputs="logits").lengths.tolist() == lengths()
+    with pytest.raises(RolloutError) as caught:
+        rollout(act, envs, SEEDS, max_steps=9, outputs="logits", keep=["always"])
+    assert str(caught.value) == (
+        "keep contains 'always', which requires a dict of infos from the environments; got list. Remove the wrapper "
+        "that converts the infos, such as DictInfoToList."
+    )

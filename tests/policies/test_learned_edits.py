@@ -55,3 +55,15 @@ def test_a_mask_is_learned_from_the_parameters_of_the_twin():
         loss.backward()
         optimizer.step()
     assert torch.sigmoid(mask.weight).argmin() == 3
+
+
+def test_a_module_whose_forward_has_a_context_gets_the_context():
+    class Rows(nn.Module):
+        def forward(self, activation, *, context):
+            return activation * (context.rows > 0)[:, None]
+
+    policy, seen = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), torch.randn(3, 4)
+    twin = PatchedPolicy(points := hook_points(policy, seen), Patch(points.site("1"), Rows()))
+    wanted = policy(seen)
+    wanted[0] = 0
+    assert torch.equal(twin(seen), wanted)

@@ -10,6 +10,7 @@ import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
+from tensordict import TensorDict
 from torch import nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
@@ -333,6 +334,11 @@ COUNTERS = {
     "tensor": (lambda rows: torch.zeros(rows), lambda state: state, lambda count: count),
     "row": (lambda rows: torch.zeros(1, 5, rows), lambda state: state[0, 0], lambda count: count.expand(1, 5, -1)),
     "dict": (lambda rows: {"n": torch.zeros(rows, 1)}, lambda state: state["n"][:, 0], lambda n: {"n": n[:, None]}),
+    "TensorDict": (
+        lambda rows: TensorDict({"n": torch.zeros(rows, 1)}, [rows]),
+        lambda state: state["n"][:, 0],
+        lambda n: TensorDict({"n": n[:, None]}, [len(n)]),
+    ),
     "mixed": (lambda rows: (None, [torch.zeros(rows)]), lambda state: state[1][0], lambda n: (None, [n])),
 }
 
@@ -421,6 +427,46 @@ def test_categorical_actions_happen_as_often_as_their_probability_and_never_at_z
     happened = np.stack([np.bincount(column, minlength=4) / len(actions) for column in actions.T])
     assert (happened[probabilities.numpy() == 0] == 0).all()
     np.testing.assert_allclose(happened, probabilities, atol=4 * (0.25 / 2400) ** 0.5)
+
+
+class Moded(Categorical):
+    """Has a method `mode`, as the distributions of many agents from before torch had that attribute."""
+
+    def mode(self):
+        return self.probs.argmax(-1, keepdim=True)
+
+
+def test_a_distribution_whose_mode_is_a_method_is_played_greedily():
+    policy = CategoricalPolicy()
+    moded = rollout(lambda seen: Moded(logits=policy.layers(seen)), cart_poles(3), SEEDS, max_steps=40, greedy=True)
+    assert same(moded, rollout(policy, cart_poles(3), SEEDS, max_steps=40, greedy=True))
+
+
+class Truncated(Normal):
+    def sample(self, sample_shape=()):
+        return super().sample(sample_shape).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_normal_that_samples_in_its_own_way_is_refused(greedy):
+    envs = environments(gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Box(-1, 1, (3,)))
+    with pytest.raises(DistributionError) as caught:
+        rollout(lambda seen: Truncated(seen, 3.0), envs, [1], max_steps=4, greedy=greedy)
+    assert str(caught.value) == (
+        "Truncated is a subclass of Normal with its own sample() or rsample(), but a rollout samples by inverse CDF. "
+        "Pass a function that calls the policy and returns a Normal. If the subclass clips its samples, clip the "
+        "actions in a wrapper of the environments."
+    )
+
+
+@pytest.mark.parametrize("outputs", [None, "actions"])
+def test_actions_in_bfloat16_are_those_of_the_policy(outputs):
+    box = gymnasium.spaces.Box(-9, 9, (3,))
+    policy = nn.Linear(3, 3).bfloat16()
+    given = policy if outputs else lambda seen: Normal(policy(seen.bfloat16()), 1.0)
+    done = rollout(given, environments(box, box), [1], max_steps=4, greedy=True, outputs=outputs, keep="observations")
+    wanted = policy(torch.from_numpy(done.kept["observations"][0]).bfloat16()).float()
+    torch.testing.assert_close(torch.from_numpy(done.actions[0]), wanted.detach(), rtol=0.02, atol=0.02)
 
 
 def test_a_bernoulli_tie_is_a_no_when_greedy_as_in_predict():
@@ -719,6 +765,13 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
         "). A rollout does not preprocess observations. Convert the observations as in training, inside the policy "
         "or in a wrapper function such as lambda observations: policy(observations.float() / 255)."
     )
+
+
+def test_a_policy_that_refuses_doubles_is_told_to_convert_them_without_a_scale():
+    envs = environments(gymnasium.spaces.Box(-1, 1, (3,), np.float64), gymnasium.spaces.Discrete(2))
+    layer = nn.Linear(3, 2)
+    message = refused(RolloutError, policy=lambda seen: layer(seen), envs=envs)
+    assert message.endswith("such as lambda observations: policy(observations.float()).")
 
 
 def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice():

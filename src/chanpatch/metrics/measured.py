@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.paths import leaves
 from ..errors import MetricError
@@ -57,7 +57,8 @@ def measured(
 def compares(metric: Metric) -> bool:
     """Return whether a metric has a keyword-only parameter `baseline`, which receives the unpatched output."""
     try:
-        parameter = inspect.signature(metric).parameters.get("baseline")
+        function = metric.forward if isinstance(metric, nn.Module) else metric
+        parameter = inspect.signature(function).parameters.get("baseline")
     except (TypeError, ValueError):  # some builtins have no signature
         return False
     given = getattr(inspect.unwrap(metric), "keywords", {})  # arguments that functools.partial has already set

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.paths import read_only
 from ..errors import EditError, UnsupportedModelError
@@ -80,7 +80,7 @@ def _takes_context(edit: Edit) -> bool:
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:
-        parameters = [*inspect.signature(edit).parameters.values()]
+        parameters = [*inspect.signature(edit.forward if isinstance(edit, nn.Module) else edit).parameters.values()]
     except (TypeError, ValueError):  # some builtins lack a signature
         return False
     contexts = [each for each in parameters if each.name == "context" and each.kind is each.KEYWORD_ONLY]

@@ -58,7 +58,7 @@ def chosen_actions(
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
-        return _checked(_shaped(decision, choice.detach().cpu().numpy(), rows, space), space)
+        return _checked(_shaped(decision, choice, rows, space), space)
     distribution, transforms = _untransformed(choice)
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
@@ -72,14 +72,13 @@ def chosen_actions(
             "recording(...) to find the first activation with NaN."
         )
     if streams is None:
-        # torch's Bernoulli.mode is NaN at probability 0.5; Stable-Baselines3 rounds 0.5 to 0.
-        drawn = distribution.probs > 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
+        drawn = _mode(distribution)
     else:
         draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
         drawn = _inverse_cdf(distribution, torch.from_numpy(draws)).to(numbers_of(distribution)[0].device)
     for transform in transforms:
         drawn = transform(drawn)
-    actions = _shaped(decision, drawn.cpu().numpy(), rows, space)
+    actions = _shaped(decision, drawn, rows, space)
     if wrong := _mismatch(actions, distribution, space):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
@@ -97,6 +96,13 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
     while isinstance(distribution, (Independent, TransformedDistribution)):
         transforms = [*getattr(distribution, "transforms", ()), *transforms]
         distribution = distribution.base_dist
+    kind: Any = type(distribution)
+    if isinstance(distribution, Normal) and (kind.sample, kind.rsample) != (Normal.sample, Normal.rsample):
+        raise DistributionError(
+            f"{kind.__name__} is a subclass of Normal with its own sample() or rsample(), but a rollout samples by "
+            "inverse CDF. Pass a function that calls the policy and returns a Normal. If the subclass clips its "
+            "samples, clip the actions in a wrapper of the environments."
+        )
     is_known = isinstance(distribution, Normal) or (
         isinstance(distribution, (Categorical, Bernoulli)) and not transforms
     )
@@ -119,11 +125,12 @@ def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
     return [distribution.loc, distribution.scale] if isinstance(distribution, Normal) else [distribution.logits]
 
 
-def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """Return the actions; if the action space is a Box, first clip or rescale the actions with `decision.to_box`.
+def _shaped(decision: Decision, chosen: Tensor, rows: int, space: Any) -> NDArray[Any]:
+    """Convert the chosen actions to an array. For a Box action space, apply `decision.to_box` to the array.
 
     Raise an error if the actions do not have the shape that the action space expects.
     """
+    actions = (chosen.float() if chosen.dtype == torch.bfloat16 else chosen).numpy(force=True)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)
@@ -165,6 +172,14 @@ def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Nor
     else:
         fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
     return "" if fits else f"has {has} action{'s' * (has != 1)}"
+
+
+def _mode(distribution: Categorical | Bernoulli | Normal) -> Tensor:
+    """Return the mode of a distribution. We do not read the attribute `mode`, which is a method in some subclasses."""
+    if isinstance(distribution, Normal):
+        return distribution.loc
+    # torch's Bernoulli.mode is NaN at probability 0.5; Stable-Baselines3 rounds 0.5 to 0.
+    return distribution.probs > 0.5 if isinstance(distribution, Bernoulli) else distribution.probs.argmax(-1)
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:

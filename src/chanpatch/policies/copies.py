@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..engine.hooks import drop_hooks, is_ours
 from ..engine.state import GENERATORS, GlobalVariable
@@ -179,7 +180,8 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 def _stored_in(item: Any) -> Iterable[Any]:
     """Return the items and the attribute values of an object, which deepcopy would copy together with the object."""
-    if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
+    # A copied RemovableHandle refers to the copied dict of hooks.
+    if isinstance(item, (type, types.ModuleType, types.FunctionType, RemovableHandle)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})
     # Hooks for state_dict never run during a forward pass.

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ..errors import ChanpatchError, DistributionError, RolloutError
 from ..metrics.outputs import categorical, described, distribution_in, no_distribution, tensor_in
+from ..results import imported
 from .stable_baselines import box_mapping, clipped, is_sb3_policy, rescaled
 
 if TYPE_CHECKING:
@@ -140,12 +141,14 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
                 "name."
             )
         return Decision(found, box_mapping(output))
+    output = torch.as_tensor(output) if isinstance(output, np.ndarray) else output
     tensor = tensor_in(output, 1 if outputs == "actions" else 2)
     if not isinstance(tensor, Tensor):
         example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
-        raise no_distribution(
-            output, f"{subject} returned", f"Pass a function that selects one of these from the output{example}."
-        )
+        advice = f"Pass a function that selects one of these from the output{example}."
+        if example and len(output) == 2:
+            advice += " If the policy is recurrent, pass initial_state to the rollout."
+        raise no_distribution(output, f"{subject} returned", advice)
     if outputs is None:
         raise DistributionError(
             f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
@@ -207,7 +210,8 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
     """Call `masks`, and return a bool array with shape `(environment, action)`, which is True for allowed actions.
 
-    For a MultiDiscrete action space, the shape is `(environment, part, choice)`. Return None if `masks` is None.
+    For a MultiDiscrete or MultiBinary space, the shape is `(environment, part, choice)`. Return None if `masks` is
+    None.
     """
     if masks is None:
         return None
@@ -227,11 +231,12 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
 
 
 def _by_part(masks: NDArray[Any], space: Any) -> NDArray[Any]:
-    """For a MultiDiscrete space, convert masks from MaskablePPO's format to an array of shape `(row, part, choice)`.
+    """Convert masks in MaskablePPO's format for several actions to an array of shape `(row, part, choice)`.
 
     Return all other masks unchanged.
     """
-    counts = getattr(space, "nvec", None)
+    is_binary = isinstance(space, imported("gymnasium.spaces").MultiBinary)
+    counts = np.full(space.shape, 2) if is_binary else getattr(space, "nvec", None)
     if counts is None or counts.ndim != 1 or masks.shape[1:] != (counts.sum(),):
         return masks
     parts = np.split(masks, counts.cumsum()[:-1], axis=1)

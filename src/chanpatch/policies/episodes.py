@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine.moments import forward_context
-from ..engine.paths import Path, get, leaves, replace
+from ..engine.paths import Path, get, leaves, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
@@ -124,7 +124,8 @@ class _Player:
             if self._allowed is not None:  # give finished sub-environments an allowed action, not their last action
                 actions[:] = self._allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
             actions[self._running] = chosen
-            self._observations, rewards, terminated, truncated, self._infos = envs.step(actions)
+            self._observations, *each, self._infos = envs.step(actions)
+            rewards, terminated, truncated = (torch.as_tensor(one).numpy(force=True) for one in each)
             over = terminated | truncated
             continues = ~over[self._running]
             # The infos may lack a mask after the last episode.
@@ -280,10 +281,11 @@ class _Player:
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REJECTED.search(text):
+            scale = " / 255" if "torch.uint8" in others else ""
             return (
                 f"on observations of dtype {', '.join(sorted(others))} ({text}). A rollout does not preprocess "
                 "observations. Convert the observations as in training, inside the policy or in a wrapper function "
-                "such as lambda observations: policy(observations.float() / 255)."
+                f"such as lambda observations: policy(observations.float(){scale})."
             )
         found = _CHANNELS_REJECTED.search(text)
         if found and found[1] == found[2]:
@@ -330,7 +332,10 @@ def state_batch_axes(initial_state: Callable[[int], Any]) -> BatchAxes:
             "initial_state must be a function that receives the number of rows in the batch and returns the initial "
             f"state, such as lambda rows: torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
         )
-    two, three = (dict(leaves(initial_state(rows))) for rows in (2, 3))
+    states = map(initial_state, (2, 3))
+    two, three = (
+        dict(with_rows(each)) | {path: leaf for path, leaf in leaves(each) if not leaf.dim()} for each in states
+    )
     if not two or two.keys() != three.keys():
         raise RolloutError(
             "initial_state must return at least one tensor, and the same structure for any number of rows in the "

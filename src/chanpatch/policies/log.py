@@ -98,12 +98,20 @@ class Log:
 
         `rows` contains the sub-environment of each play. `over` is True for sub-environments whose episode just ended.
         """
+        if not self._infos:
+            return
+        if not isinstance(infos, Mapping):
+            raise RolloutError(
+                f"keep contains {min(self._infos)!r}, which requires a dict of infos from the environments; got "
+                f"{type(infos).__name__}. Remove the wrapper that converts the infos, such as DictInfoToList."
+            )
         final = infos.get("final_info", infos)  # after a reset in the same step, infos describe the next episode
-        if self._infos:
-            self._known_infos |= {each for each in (*infos, *final) if not each.startswith("_")}
+        self._known_infos |= {each for each in (*infos, *final) if not each.startswith("_")}
         for name in self._infos:
             for play, row in zip(plays, rows, strict=True):
-                source = final if over[row] else infos
+                # A vector wrapper (RecordEpisodeStatistics) adds infos of the finished episode after the reset.
+                is_next = name in final or self._kept[name][play][:1] != [None]
+                source = final if over[row] and is_next else infos
                 is_known = name in source and source.get(f"_{name}", over | True)[row]
                 self._kept[name][play].append(rows_of_observations(source[name], row) if is_known else None)
 
