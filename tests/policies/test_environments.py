@@ -389,6 +389,36 @@ def test_one_agent_of_a_game_in_turns_is_paired_and_its_mask_is_in_the_infos():
     assert pairs["one"].terminated.all()
 
 
+class Charging(Turns):
+    """Each move costs the other agent a point; with `over`, the first move ends the game."""
+
+    over = False
+
+    def step(self, action):
+        agent, is_dead = self.agent_selection, self.terminations[self.agent_selection]
+        super().step(action)
+        if not is_dead:
+            self._cumulative_rewards["right" if agent == "left" else "left"] -= 1
+            self.moves = [*getattr(self, "moves", []), agent]
+            self.terminations |= dict.fromkeys(self.agents, True) if self.over else {}
+
+
+def test_rewards_before_the_first_turn_of_an_agent_count_towards_its_return():
+    game = Charging()
+    environment = from_pettingzoo(game, "right", lambda *_: 0)
+    played = rollout(lambda seen: seen["action_mask"] * 1.0, environment, [0], max_steps=40, outputs="values")
+    won = 1 if game.moves[-1] == "right" else -1
+    assert played.returns.tolist() == [won - game.moves.count("left")]
+
+
+def test_an_episode_without_a_turn_of_the_agent_is_refused():
+    game = Charging()
+    game.over = True
+    with pytest.raises(RolloutError) as caught:
+        from_pettingzoo(game, "right", lambda *_: 0).reset(seed=3)
+    assert str(caught.value) == "The episode with seed 3 is over before the first turn of 'right'. Leave out this seed."
+
+
 def test_an_agent_that_an_environment_lacks_is_named():
     with pytest.raises(RolloutError) as caught:
         from_pettingzoo(Racing(), "fourth", drawn)

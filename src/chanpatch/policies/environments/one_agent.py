@@ -28,13 +28,20 @@ class OneAgent(gymnasium.Env[Any, Any]):
         """Start an episode, and let the other agents act until the controlled agent's first turn."""
         super().reset(seed=seed)
         self.environment.reset(seed=seed, options=options)
-        observation, _, _, _, info = self._turn()
+        # Other agents' first actions may already give a reward, which counts towards the first step.
+        observation, self._early, terminated, truncated, info = self._turn()
+        if terminated or truncated:
+            raise RolloutError(
+                f"The episode with seed {seed} is over before the first turn of {self.agent!r}. Leave out this seed."
+            )
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Take the controlled agent's action, and let the other agents act until the controlled agent's next turn."""
         self.environment.step(action)
-        return self._turn()
+        observation, reward, terminated, truncated, info = self._turn()
+        reward, self._early = reward + self._early, 0.0
+        return observation, reward, terminated, truncated, info
 
     def _turn(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         while (turn := self.environment.agent_selection) != self.agent:
