@@ -240,6 +240,13 @@ def test_a_seed_of_procgen_is_a_level_and_the_episode_is_that_of_the_level_alone
     assert len({int(seen[0]) for seen in done.seen}) == 4  # seed 3 twice
 
 
+def test_procgen_with_the_interface_of_baselines_plays_the_same_episodes():
+    import gym3
+
+    wanted = rollout(seeing(), coin_runs(), SEEDS, **MODES)
+    assert same(rollout(seeing(), gym3.ToBaselinesVecEnv(coin_runs()), SEEDS, **MODES), wanted)
+
+
 def images_only(envs: Any) -> Any:
     from gym3 import ExtractDictObWrapper
 

@@ -42,7 +42,7 @@ def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
         from .stable_baselines import FromStableBaselines
 
         return FromStableBaselines(envs)
-    if _is_a(envs, "gym3", "Env"):
+    if _is_a(envs, "gym3", "Env") or _is_a(envs, "gym3", "ToBaselinesVecEnv"):
         return from_gym3(envs)
     libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
     advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), "")
@@ -66,7 +66,7 @@ def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any
     from termination.
 
     Args:
-        envs: `procgen.ProcgenGym3Env`, possibly in gym3 wrappers.
+        envs: `procgen.ProcgenGym3Env`, possibly in gym3 wrappers, or `procgen.ProcgenEnv`.
         states: List of states from `get_state()`. If given, each seed is an index into this list, and the episode
             starts from the state at that index.
 

@@ -24,6 +24,7 @@ class FromGym3(Converted):
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, given: Any, states: Sequence[bytes] | None) -> None:
+        given = given.env if isinstance(given, gym3.ToBaselinesVecEnv) else given  # from procgen.ProcgenEnv
         super().__init__(given, given.num, _space(given.ob_space), _space(given.ac_space))
         self._states, self._procgen = states, gym3.unwrap(given)
         needed = ["set_state"] if states is not None else ["set_state", "options"]
