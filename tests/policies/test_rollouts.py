@@ -12,7 +12,15 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from tensordict import TensorDict
 from torch import nn
-from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Independent,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+)
 
 from chanpatch.engine.moments import published
 from chanpatch.errors import DistributionError, MissingPackageError, RolloutError
@@ -364,6 +372,22 @@ def test_a_state_comes_in_the_dtype_of_the_policy():
     assert result.lengths.tolist() == [4]
 
 
+def test_observations_are_not_converted_to_the_dtype_of_quantized_weights():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(
+                torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]], dtype=torch.int8), requires_grad=False
+            )
+
+        def forward(self, observations):
+            return observations.float() @ self.weight.float().T
+
+    policy = Quantized()
+    wanted = rollout(lambda seen: policy(seen), cart_poles(2), SEEDS, max_steps=40, outputs="logits")
+    assert same(rollout(policy, cart_poles(2), SEEDS, max_steps=40, outputs="logits"), wanted)
+
+
 class Spaces(gymnasium.Env):
     """Any spaces; ends after six steps, and its reward is the sum of the action."""
 
@@ -447,14 +471,32 @@ class Truncated(Normal):
         return super().sample(sample_shape).clamp(-1, 1)
 
 
+class Clipped(Independent):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(-1, 1)
+
+
+class Shifted(TransformedDistribution):
+    def sample(self, sample_shape=()):
+        return super().sample(sample_shape) + 1
+
+
+OWN = {
+    "Truncated": lambda seen: Truncated(seen, 3.0),
+    "Clipped": lambda seen: Clipped(Normal(seen, 3.0), 1),
+    "Shifted": lambda seen: Shifted(Normal(seen, 3.0), TanhTransform()),
+}
+
+
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_normal_that_samples_in_its_own_way_is_refused(greedy):
+@pytest.mark.parametrize("name", OWN)
+def test_a_distribution_that_samples_in_its_own_way_is_refused(name, greedy):
     envs = environments(gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Box(-1, 1, (3,)))
     with pytest.raises(DistributionError) as caught:
-        rollout(lambda seen: Truncated(seen, 3.0), envs, [1], max_steps=4, greedy=greedy)
+        rollout(OWN[name], envs, [1], max_steps=4, greedy=greedy)
     assert str(caught.value) == (
-        "Truncated is a subclass of Normal with its own sample() or rsample(), but a rollout samples by inverse CDF. "
-        "Pass a function that calls the policy and returns a Normal. If the subclass clips its samples, clip the "
+        f"{name} has its own sample() or rsample(), but a rollout samples by inverse CDF. Pass a function that calls "
+        f"the policy and returns a distribution from torch.distributions. If {name} clips its samples, clip the "
         "actions in a wrapper of the environments."
     )
 

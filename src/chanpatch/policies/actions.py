@@ -94,15 +94,11 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
     """
     transforms: list[Transform] = []
     while isinstance(distribution, (Independent, TransformedDistribution)):
+        _refuse_own_samples(distribution)
         transforms = [*getattr(distribution, "transforms", ()), *transforms]
         distribution = distribution.base_dist
-    kind: Any = type(distribution)
-    if isinstance(distribution, Normal) and (kind.sample, kind.rsample) != (Normal.sample, Normal.rsample):
-        raise DistributionError(
-            f"{kind.__name__} is a subclass of Normal with its own sample() or rsample(), but a rollout samples by "
-            "inverse CDF. Pass a function that calls the policy and returns a Normal. If the subclass clips its "
-            "samples, clip the actions in a wrapper of the environments."
-        )
+    if isinstance(distribution, Normal):
+        _refuse_own_samples(distribution)
     is_known = isinstance(distribution, Normal) or (
         isinstance(distribution, (Categorical, Bernoulli)) and not transforms
     )
@@ -115,6 +111,17 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
             "and returns one of these distributions."
         )
     return distribution, transforms  # type: ignore[return-value]
+
+
+def _refuse_own_samples(distribution: Distribution) -> None:
+    """Raise an error if the class of a distribution, such as a truncated normal, replaces torch's sampling methods."""
+    kind: Any = type(distribution)
+    if {each.__module__.partition(".")[0] for each in (kind.sample, kind.rsample)} - {"torch", "torchrl"}:
+        raise DistributionError(
+            f"{kind.__name__} has its own sample() or rsample(), but a rollout samples by inverse CDF. Pass a function "
+            f"that calls the policy and returns a distribution from torch.distributions. If {kind.__name__} clips its "
+            "samples, clip the actions in a wrapper of the environments."
+        )
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:

@@ -98,7 +98,8 @@ class _Player:
         self._state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
         self._owner = owner = owner_of(policy)
         self._name = type(owner).__name__
-        self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
+        weights = owner.parameters() if isinstance(owner, nn.Module) else ()
+        self._like = next((each for each in weights if each.is_floating_point()), None)
 
     def play(
         self, wave: NDArray[np.int64], advance: Callable[[int], object], check: Callable[..., None] | None
