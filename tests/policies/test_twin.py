@@ -1042,6 +1042,14 @@ def test_a_policy_with_get_distribution_is_asked_by_it():
     assert action_distribution(Asked(), None) is CATEGORICAL
 
 
+def test_the_distribution_of_a_model_and_of_its_hook_points_is_that_of_its_policy():
+    model, seen = PPO("MlpPolicy", "CartPole-v1", seed=0), torch.ones(3, 4)
+    wanted = action_distribution(model.policy, seen).logits
+    points = hook_points(model.policy, seen, method="get_distribution")
+    assert torch.equal(action_distribution(model, seen).logits, wanted)
+    assert torch.equal(action_distribution(points, seen).logits, wanted)
+
+
 def test_the_distribution_of_a_twin_is_patched(policy, twin, vector):
     torch.testing.assert_close(
         twin.distribution(vector, outputs="logits").logits, by_hand(policy, vector).log_softmax(-1)

@@ -18,7 +18,7 @@ from ..engine.state import CONTAINERS, Snapshot, may_be_written, undisturbed
 from ..engine.training import depends_on_training
 from ..errors import RolloutError
 from ..patching.patch import Patch
-from ..registry.points import HookPoints, no_module
+from ..registry.points import no_module
 from ..results import imported
 from .actions import numbers_of
 from .copies import (
@@ -64,12 +64,6 @@ def _check_numbers(space: Any, name: str = "observation_space") -> None:
             "numbers in a wrapper, or keep only the numeric parts of the observation with "
             "gymnasium.wrappers.FilterObservation(environment, names_to_keep)."
         )
-
-
-def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the method of `model` that has the name of the traced method. For `__call__`, return `model` itself."""
-    method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
-    return model if method == "__call__" else getattr(model, method)
 
 
 def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> Any:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 from torch.nn.functional import pad
 
 from ..errors import ChanpatchError, DistributionError, RolloutError
 from ..metrics.outputs import categorical, described, distribution_in, no_distribution, tensor_in
+from ..registry.points import HookPoints
 from ..results import imported
-from .stable_baselines import box_mapping, clipped, is_sb3_policy, rescaled
+from .stable_baselines import box_mapping, clipped, is_sb3_policy, owner_of, policy_of, rescaled
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -40,7 +41,7 @@ class Decision(NamedTuple):
 
 
 def action_distribution(
-    policy: Callable[..., Any], observations: Any, *, outputs: Outputs | None = None
+    policy: Callable[..., Any] | HookPoints, observations: Any, *, outputs: Outputs | None = None
 ) -> Distribution:
     """Return a policy's distribution over actions for a batch of observations.
 
@@ -50,7 +51,7 @@ def action_distribution(
     `get_distribution` method, and all Stable-Baselines3 policies, are also supported.
 
     Args:
-        policy: Module or function that accepts a batch of observations.
+        policy: Module, HookPoints, Stable-Baselines3 model, or function that accepts a batch of observations.
         observations: Batch of observations.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`; or
             `"values"`, to select the action with the highest value. Rollouts also accept `"actions"`.
@@ -60,13 +61,23 @@ def action_distribution(
             `outputs` is None.
     """
     check_outputs(outputs)
-    choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
+    called = policy_of(policy)
+    if isinstance(called, HookPoints):
+        called = method_of(called.model, called)
+    name = type(owner_of(called)).__name__
+    choice = decision_in(output_of(called, observations, outputs), name, outputs).choice
     if isinstance(choice, Tensor):
         raise DistributionError(
-            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns logits or "
+            f"{name} returns actions, not a distribution. Pass a function that returns logits or "
             'action values instead, such as policy.q_net with outputs="values".'
         )
     return choice
+
+
+def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
+    """Return the method of `model` that has the name of the traced method. For `__call__`, return `model` itself."""
+    method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
+    return model if method == "__call__" else getattr(model, method)
 
 
 def check_outputs(outputs: Any) -> None:

@@ -24,10 +24,10 @@ from ..registry.points import HookPoints
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions
-from .checks import check_repeats, check_rows, checked_policy, method_of, noted_logs, refuse_replaced
+from .checks import check_repeats, check_rows, checked_policy, noted_logs, refuse_replaced
 from .checksums import checksums
 from .copies import held_state
-from .decisions import Decision, allowed_actions, check_outputs, decision_in, output_of
+from .decisions import Decision, allowed_actions, check_outputs, decision_in, method_of, output_of
 from .log import Log, Options, by_repetition, rows_of_observations
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state

@@ -30,9 +30,9 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import Coordinates, HookPoint, Site, no_batch
-from .checks import SharedState, method_of, refuse_environments_by_rows
+from .checks import SharedState, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
-from .decisions import Masks, Outputs
+from .decisions import Masks, Outputs, method_of
 from .episodes import BatchAxes, play, rows_of, state_batch_axes
 from .log import InitialState, Options, by_repetition
 from .parts import opened, played_in_workers
