@@ -198,6 +198,23 @@ def test_a_handle_of_a_hook_that_a_policy_stores_removes_the_twins_own_hook(x: T
     assert policy.feats
 
 
+class Cloning(Plain):
+    def clone(self) -> Plain:
+        return type(self)()
+
+    @classmethod
+    def build(cls) -> Plain:
+        return cls()
+
+
+@pytest.mark.parametrize("name", ["clone", "build"])
+def test_a_policy_that_a_twins_method_creates_is_an_ordinary_policy(name: str) -> None:
+    created = getattr(PatchedPolicy(Cloning(), ON_A), name)()
+    assert type(created) is Cloning
+    assert not isinstance(created, PatchedPolicy)
+    assert len([*created.parameters()]) == 4
+
+
 # --- state ---
 
 

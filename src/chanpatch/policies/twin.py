@@ -311,7 +311,8 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
             elif name in members and name not in _OFFERED:
                 del members[name]  # overridden by something other than a method
     members |= {name: vars(PatchedPolicy)[name] for name in ("named_parameters", "__reduce_ex__", "__deepcopy__")}
-    members["__module__"] = kind.__module__
+    # A method that calls type(self)(...) creates an unpatched policy, which must not look like a twin.
+    members |= {"__module__": kind.__module__, "__new__": lambda _, *args, **kwargs: kind(*args, **kwargs)}
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)
     PatchedPolicy.register(twin_class)
     _classes[kind, taken] = twin_class
