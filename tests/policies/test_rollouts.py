@@ -169,6 +169,25 @@ def test_asynchronous_environments_give_the_same_rollout():
     assert same(result, rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100))
 
 
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_asynchronous_environments_without_shared_memory_give_the_same_rollout_or_are_refused(mode):
+    made = [lambda: gymnasium.make("CartPole-v1")] * 2
+    envs = AsyncVectorEnv(made, shared_memory=False, autoreset_mode=mode)
+    try:
+        if mode is not AutoresetMode.NEXT_STEP:
+            result = rollout(CategoricalPolicy(), envs, SEEDS, max_steps=100)
+            assert same(result, rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100))
+            return
+        with pytest.raises(RolloutError) as caught:
+            rollout(CategoricalPolicy(), envs, SEEDS, max_steps=100)
+    finally:
+        envs.close()
+    assert str(caught.value) == (
+        "An AsyncVectorEnv with shared_memory=False may reset an episode a second time in its first step. Pass "
+        "shared_memory=True or autoreset_mode=AutoresetMode.SAME_STEP to the AsyncVectorEnv."
+    )
+
+
 def test_an_episode_does_not_depend_on_the_other_seeds():
     together = rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100)
     turned = rollout(CategoricalPolicy(), cart_poles(3), SEEDS[::-1], max_steps=100)

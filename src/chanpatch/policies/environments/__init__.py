@@ -33,6 +33,13 @@ def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
     if isinstance(envs, vector.VectorEnv):
         from .one_by_one import separated
 
+        inner, mode = envs.unwrapped, envs.metadata.get("autoreset_mode")
+        is_late = mode is vector.AutoresetMode.NEXT_STEP and not getattr(inner, "shared_memory", True)
+        if is_late and isinstance(inner, vector.AsyncVectorEnv):  # gymnasium 1.4 does not forget pending autoresets
+            raise RolloutError(
+                "An AsyncVectorEnv with shared_memory=False may reset an episode a second time in its first step. Pass "
+                "shared_memory=True or autoreset_mode=AutoresetMode.SAME_STEP to the AsyncVectorEnv."
+            )
         return separated(envs)
     if isinstance(envs, gymnasium.Env):
         single: VectorEnv[Any, Any, Any] = vector.SyncVectorEnv([lambda: envs], copy=False)
