@@ -1158,11 +1158,14 @@ def test_a_twin_whose_class_copies_itself_in_a_way_of_its_own_is_copied_with_its
         torch.randn(3, 4),
     )
     twin = PatchedPolicy(graph, zero_ablate(Site("1")))
-    copied = copy.deepcopy(twin)
+    copied, shallow = copy.deepcopy(twin), copy.copy(twin)
     with torch.no_grad():
         next(twin.parameters()).zero_()
-    torch.testing.assert_close(copied(vectors), twin(vectors), rtol=0, atol=0)
-    assert next(copied.parameters()).any() and copied.patches
+    for each in (copied, shallow):
+        torch.testing.assert_close(each(vectors), twin(vectors), rtol=0, atol=0)
+        assert each.patches
+    assert next(copied.parameters()).any()
+    assert next(shallow.parameters()) is next(twin.parameters())
 
 
 def test_the_class_of_a_policy_is_freed_after_its_twins(vector):

@@ -124,7 +124,11 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         build = functools.partial(PatchedPolicy, allow_unreached=state.allow_unreached, check_nan=state.check_nan)
         return build, (_copied(self), state.patches)  # type: ignore[arg-type]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # the policy's class may define its own
+    def __copy__(self) -> Any:  # the policy's class may define its own `__copy__` and `__deepcopy__`
+        build, parts = self.__reduce_ex__(4)
+        return build(*parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         build, parts = self.__reduce_ex__(4)
         memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
         return twin
@@ -310,7 +314,8 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
                 members[name] = _rooted(name, member)
             elif name in members and name not in _OFFERED:
                 del members[name]  # overridden by something other than a method
-    members |= {name: vars(PatchedPolicy)[name] for name in ("named_parameters", "__reduce_ex__", "__deepcopy__")}
+    replaced = ("named_parameters", "__reduce_ex__", "__copy__", "__deepcopy__")
+    members |= {name: vars(PatchedPolicy)[name] for name in replaced}
     # A method that calls type(self)(...) creates an unpatched policy, which must not look like a twin.
     members |= {"__module__": kind.__module__, "__new__": lambda _, *args, **kwargs: kind(*args, **kwargs)}
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)
