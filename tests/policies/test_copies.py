@@ -207,6 +207,22 @@ class Cloning(Plain):
         return cls()
 
 
+class Forking(Plain):
+    def fork(self, function: Callable[[Any], Any]) -> Any:
+        self(torch.zeros(1, 4))
+        return function(self)
+
+
+@pytest.mark.parametrize("function", [copy.copy, copy.deepcopy, lambda twin: PatchedPolicy(twin, ON_A)])
+def test_a_method_of_a_twin_may_copy_the_twin(function: Callable[[Any], Any], x: Tensor) -> None:
+    twin = PatchedPolicy(Forking(), zero_ablate(Site("b")))
+    hooks = [len(module._forward_hooks) for module in function(twin).modules()]
+    for _ in range(2):
+        made = twin.fork(function)
+        assert not made(x).any()
+        assert [len(module._forward_hooks) for module in made.modules()] == hooks
+
+
 @pytest.mark.parametrize("name", ["clone", "build"])
 def test_a_policy_that_a_twins_method_creates_is_an_ordinary_policy(name: str) -> None:
     created = getattr(PatchedPolicy(Cloning(), ON_A), name)()

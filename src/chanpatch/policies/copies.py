@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..engine.hooks import drop_hooks, is_ours
+from ..engine.calls import Observed
+from ..engine.hooks import drop, drop_hooks, is_ours, keys_of
 from ..engine.state import GENERATORS, GlobalVariable
 from ..errors import UnsupportedModelError
 from ..patching.patch import Patch
@@ -42,6 +43,8 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
             "cannot be copied (environments, files, locks) from the module, or use patched() instead."
         ) from error
     drop_hooks(twin)
+    for module in twin.modules():
+        drop(module, keys_of(module, _is_observer))
     if any(own is not weight for own, weight in zip(twin.parameters(), plain.parameters(), strict=True)):
         raise UnsupportedModelError(
             f"A module in {type(plain).__name__} copies its own parameters (as TorchRL's TensorDictParams does), so a "
@@ -111,7 +114,7 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
         is_weak = isinstance(item, weakref.ref) or type(item) in weakref.ProxyTypes
-        refers = isinstance(item, types.FunctionType) or is_weak
+        refers = (isinstance(item, types.FunctionType) and not _is_observer(item)) or is_weak
         if refers and any(id(each) in own for each in _reachable([item], _referenced_by)):
             name = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
@@ -120,6 +123,11 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
                 "unpatched original. Remove the reference (for example, turn the function into a method of the "
                 "policy), or use patched()."
             )
+
+
+def _is_observer(hook: Any) -> bool:
+    """Return whether a function is a hook of `Observed`, which is on a twin if a method of the twin copies the twin."""
+    return getattr(hook, "__module__", None) == Observed.__module__
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
