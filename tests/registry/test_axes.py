@@ -78,6 +78,12 @@ def test_an_unbatched_input_has_the_names_without_the_batch(module, lengths, axe
     assert (point.axes, point.batch_axis) == (axes, None)
 
 
+@pytest.mark.parametrize("module", [nn.MaxPool1d(2), nn.ConstantPad1d((0, -4), 0.0)], ids=["pool", "pad"])
+def test_rows_without_channels_that_are_pooled_or_padded_are_the_batch(module):
+    points = hook_points(nn.Sequential(nn.Linear(6, 8), module, nn.Linear(4, 2)), torch.randn(3, 6))
+    assert [points[name].axes for name in ("0", "1", "2")] == [(B, "feature"), (B, "position"), (B, "feature")]
+
+
 LSTM_OUTPUTS = (".out[0]", ".out[1][0]", ".out[1][1]")
 
 

@@ -12,7 +12,7 @@ from looped import ROWS, Squashed, assert_equals_the_loop, by_hand, parts, strat
 from models import MODELS, build
 from torch import Tensor, nn
 
-from chanpatch import edit, errors, hook_points, patch_in, patched, resample_ablate, sweep, zero_ablate
+from chanpatch import edit, errors, hook_points, patch_in, patched, resample_ablate, steer, sweep, zero_ablate
 from chanpatch.patching import Scale, Set
 from chanpatch.sweeps import SweepResult, plan
 
@@ -55,9 +55,9 @@ def test_one_patch_at_each_layer_is_folded(monkeypatch: pytest.MonkeyPatch, rows
     assert result.groups[0].why == "the 2 patches checked (of 6) agree with the loop"
 
 
-@pytest.mark.parametrize("max_bytes", [1, 2**11, 2**12, 2**20])
+@pytest.mark.parametrize("max_bytes", [2**11, 2**12, 2**20])
 def test_a_fold_in_several_chunks_skips_what_comes_before_each(max_bytes: int) -> None:
-    assert strategy_of(one_per_layer(Residual(), strategy="fold", max_bytes=2**20)) == "fold"
+    assert strategy_of(one_per_layer(Residual(), strategy="fold", max_bytes=max_bytes)) == "fold"
     result = one_per_layer(Residual(), max_bytes=max_bytes)
     assert strategy_of(result) in ("fold", "loop")
 
@@ -96,6 +96,7 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
     "nonzero": lambda hidden: hidden / max(1, len((hidden > 1).nonzero())),
     "mask": lambda hidden: hidden / max(1, len(hidden[hidden > 1])),
     "unique": lambda hidden: hidden / len(hidden.round().unique()),
+    "one_hot": lambda hidden: hidden * nn.functional.one_hot((hidden > 1.5).any(-1).long()).shape[1],
 }
 
 
@@ -292,6 +293,40 @@ def test_writes_in_place_reach_the_rows_that_are_patched_elsewhere(writes: Calla
     sites = [site for name in ("layers.0", "same", "last.in[0]") for site in parts(points.site(name))]
     assert_equals_the_loop(points, inputs, {site: edit(site, Scale(3.0)) for site in sites})
     assert_equals_the_loop(points, inputs, {site: edit(site, Scale(3.0)) for site in sites}, max_bytes=2**11)
+
+
+class Overwritten(nn.Module):
+    """A block overwrites its input, which a skip connection then reads."""
+
+    def __init__(self, writer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(6, 6), nn.Sequential(writer, nn.Linear(6, 6))
+        self.relu, self.last = nn.ReLU(inplace=True), nn.Linear(6, 4)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        hidden = self.first(vector)
+        return self.last(self.relu(self.block(hidden)) + hidden)
+
+
+class Halves(nn.Module):
+    def forward(self, vector: Tensor) -> Tensor:
+        return vector.mul_(0.5).tanh()
+
+
+@pytest.mark.parametrize("writer", [nn.ReLU(inplace=True), Halves()], ids=["inplace", "custom"])
+@pytest.mark.parametrize("max_bytes", [2**11, 2**28])
+@pytest.mark.parametrize("strategy", ["fold", "vmap", "resume", "auto"])
+def test_a_module_that_overwrites_its_input_does_so_before_every_patch(
+    writer: nn.Module, max_bytes: int, strategy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    inputs = (torch.randn(ROWS, 6),)
+    points = hook_points(Overwritten(writer).eval(), *inputs)
+    patches = {
+        site: steer(site, 1.5) for name in ("first", "block", "relu.in[0]", "last") for site in parts(points.site(name))
+    }
+    result = assert_equals_the_loop(points, inputs, patches, strategy=strategy, max_bytes=max_bytes)
+    assert strategy == "auto" or strategy_of(result) == strategy
 
 
 def test_masks_draws_and_rows_of_the_context_are_those_of_the_unfolded_batch() -> None:

@@ -29,7 +29,7 @@ from ..patching.edits import Set
 from ..patching.firing import traced_view
 from ..patching.patch import Patch
 from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
-from .prefix import Call, StrategyError, fresh, refused
+from .prefix import Call, StrategyError, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
 _GAIN = 0.9  # the fold is used if its estimated time is less than this fraction of the loop's time
@@ -231,12 +231,11 @@ class _Run:
         self.fold.has_left_out |= not is_read
         return is_read
 
-    def _spread(self, call: Call) -> Any:
+    def _spread(self, call: Call, output: Any) -> Any:
         """Return the output of a skipped module call, once for each block of rows if anything reads the output."""
-        output = fresh(call.output)
         if not self._is_read((call.module, call.number)):
             return output
-        for path, leaf in leaves(call.output):
+        for path, leaf in [*leaves(output)]:
             output = replace(output, path, self._repeated(leaf, self.fold.axes.get((call.module, call.number, path))))
         return output
 

@@ -85,10 +85,10 @@ class Forward:
             return run.kept(output)
 
     @contextmanager
-    def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
+    def running(self, skip: int = 0, spread: Callable[[Any, Any], Any] | None = None) -> Iterator[undisturbed]:
         """Return a context for a forward pass that skips the first `skip` module calls. Restore the model on exit.
 
-        If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
+        If `spread` is given, it receives each skipped Call and the reused output, and returns the output to use.
         """
         with (
             self.undisturbed as run,

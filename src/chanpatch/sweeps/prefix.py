@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ..engine.calls import Observed, WrappedMethod
-from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy, storage
+from ..engine.paths import Path, field_names, is_tensordict, leaves, replace, shallow_copy, storage
 from ..engine.state import Snapshot, random_states
 from ..registry.points import HookPoints
 
@@ -71,10 +71,10 @@ class Use(NamedTuple):
 class Prefix:
     """The module calls in one forward pass, with the outputs that later forward passes reuse.
 
-    The output of a module call is reused if no submodule of the module has hooks, the call draws no random numbers, and
-    the output shares no memory with the call's arguments. All other calls run in every forward pass. If a call is
-    skipped, hooks on the called module still run, and receive the stored output. The user of this class must restore
-    the model after each forward pass.
+    The output of a module call is reused if no submodule of the module has hooks, the call neither draws random numbers
+    nor modifies its arguments, and the output shares no memory with them. All other calls run in every forward pass. If
+    a call is skipped, hooks on the called module still run, and receive the stored output. The user of this class must
+    restore the model after each forward pass.
     """
 
     def __init__(self, points: HookPoints, snapshot: Snapshot) -> None:
@@ -87,7 +87,7 @@ class Prefix:
         self.uses: list[Use] = []
         self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values
         self._counts: Counter[nn.Module] = Counter()
-        self._spread: Callable[[Call], Any] | None = None
+        self._spread: Callable[[Call, Any], Any] | None = None
         self.inside = False  # whether a remembered or replayed call is running
         self._tapped = self._is_wrapped = False
         self.finished = self._skipped = 0  # in the current forward pass: number of finished calls, and of calls to skip
@@ -129,10 +129,10 @@ class Prefix:
         )
 
     @contextmanager
-    def skipped(self, number: int, spread: Callable[[Call], Any] | None = None) -> Iterator[None]:
+    def skipped(self, number: int, spread: Callable[[Call, Any], Any] | None = None) -> Iterator[None]:
         """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs.
 
-        If `spread` is given, it receives each skipped Call and returns the output to use instead of the stored output.
+        If `spread` is given, it receives each skipped Call and the reused output, and returns the output to use.
         """
         self.finished, self.inside, self._skipped, self._spread = 0, False, number, spread
         for call in self.calls[:number]:
@@ -196,7 +196,7 @@ class Prefix:
         self._counts[module] += 1
         if self.inside:
             return forward(*args, **kwargs)
-        given = {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
+        before, given = _versions((args, kwargs)), {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
         if any(getattr(part, "inplace", False) for part in module.modules()):
             self._keep_apart(given)
         self._tapped, drawn = False, self._draws and self._random_state()
@@ -208,6 +208,7 @@ class Prefix:
         size = sum(tensor.nbytes for tensor in returned)
         # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
         known = not self._tapped and size <= self._free_bytes and drawn == (self._draws and self._random_state())
+        known &= _versions((args, kwargs)) == before
         if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
             versions = [(tensor, tensor._version) for tensor in returned]
@@ -226,9 +227,8 @@ class Prefix:
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self.finished += 1
-        if self._spread is not None:
-            return self._spread(call)
-        return _copy(call.output) if call.copied else fresh(call.output)
+        output = _copy(call.output) if call.copied else fresh(call.output)
+        return output if self._spread is None else self._spread(call, output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.inside = True
@@ -275,7 +275,7 @@ class _Watch(TorchFunctionMode):
         if ours:
             return output
         always_reads, multiplies = _kind(name)
-        if (always_reads or _reads_by(name, args)) and not _caller(1).startswith(
+        if (always_reads or _reads_by(name, args, kwargs or {})) and not _caller(1).startswith(
             "torch.distributions"
         ):  # these reads only check arguments
             prefix.last_read = len(prefix.steps)
@@ -314,10 +314,10 @@ def _kind(name: str) -> tuple[bool, bool]:
     return bool(_READS.fullmatch(name)), bool(_MULTIPLIES.search(name))
 
 
-def _reads_by(name: str, args: tuple[Any, ...]) -> bool:
+def _reads_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether the arguments make a torch function return a tensor whose shape depends on a tensor's values."""
     masks = name == "__getitem__" and any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1:]))
-    return masks or (name == "where" and len(args) == 1)
+    return masks or (name in ("where", "one_hot") and len(args) + len(kwargs) == 1)
 
 
 def _caller(depth: int) -> str:
@@ -363,6 +363,11 @@ def fresh(tree: Any) -> Any:
         for name in names:
             object.__setattr__(tree, name, fresh(getattr(tree, name)))
     return tree
+
+
+def _versions(arguments: Any) -> list[tuple[Path, int, int]]:
+    """Return the path, the id and the version of each tensor in a module's arguments, to detect changes."""
+    return [(path, id(each), -1 if each.is_inference() else each._version) for path, each in leaves(arguments)]
 
 
 def _copy(output: Any) -> Any:
