@@ -195,13 +195,13 @@ def test_the_clean_prefix_of_many_senders_runs_a_fixed_number_of_times() -> None
     model, (clean, corrupted) = Deep().eval(), torch.randn(2, 5, 6)
     points = hook_points(model, clean)
     calls = []
-    for senders in (range(4, 6), range(4, 8)):
+    for senders in (range(2, 6), range(2, 8)):
         Counting.calls.clear()
         names = [f"layers.{number}" for number in senders]
         found = path_patch(points, clean, corrupted, names, ["head.in[0]"], metric=first_logit)
         assert np.abs(found.effect()).min() > 1e-3
         calls.append([Counting.calls[id(layer)] for layer in model.layers])
-    assert calls[0][:4] == calls[1][:4] and calls[1][3] < calls[1][7]
+    assert calls[0][:2] == calls[1][:2] and calls[1][1] < calls[1][7]
 
 
 def test_a_network_in_training_mode_gives_the_same_matrix_as_single_path_patches() -> None:

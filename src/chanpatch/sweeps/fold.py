@@ -2,9 +2,9 @@
 
 Each block has one row per input. Modules that finish before the earliest patch are skipped. Their outputs in the clean
 run are repeated for each block if they are read after the skipped modules. The fold is correct only if the model treats
-rows independently. Therefore, each block is compared with the clean run before the block is patched. The first fold
-also contains a block with different activations, which must not affect the other blocks. The outputs for two patches
-are compared with the plain loop.
+rows independently. Therefore, each block is compared with the clean run before the block is patched. The outputs for
+two patches are compared with the plain loop. One of these patches also runs between two blocks of NaN in a fold of its
+own, because different neighbors must not change the output.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import TransformedDistribution
+from torch.distributions import Distribution, TransformedDistribution
 
 from ..engine.paths import Path, _children, get, is_tensordict, leaves, replace, storage
 from ..engine.sessions import Attached, Session
@@ -112,7 +113,7 @@ class Fold:
                 end = min([end, *cuts[bisect_right(cuts, start) :][:1]])
                 chunks.append(entries[start:end])
                 start = end
-            other = sum(self._seconds(chunk, len(chunk) + (chunk is chunks[0])) for chunk in chunks)
+            other = sum(self._seconds(chunk, len(chunk)) for chunk in chunks)
             if other > seconds:
                 break
             best, seconds = chunks, other
@@ -145,16 +146,17 @@ class Fold:
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool = False) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
-        If `disturbed` is True, the activations in an extra first block are changed, which must not affect other blocks.
+        If `disturbed` is True, extra blocks at the start and at the end contain NaN or, for integers, reordered rows.
         """
         run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
-        output = run.output(min(group.skippable for _, group in chunk))
+        with unvalidated() if disturbed else nullcontext():
+            output = run.output(min(group.skippable for _, group in chunk))
         parts = dict[Path, tuple[Tensor, ...]]()
         if [path for path, _ in leaves(output)] != [path for path, _ in leaves(self._baseline)]:
             raise StrategyError("the patched output has tensors in different places than the unpatched output")
         for path, leaf in leaves(output):
             parts[path] = self._split(path, leaf, run.blocks)
-        return map(functools.partial(self._output, parts), range(int(disturbed), run.blocks))
+        return map(functools.partial(self._output, parts), range(int(disturbed), run.blocks - disturbed))
 
     def _output(self, parts: Mapping[Path, Sequence[Tensor]], number: int) -> Any:
         output = self._template
@@ -179,7 +181,7 @@ class _Run:
     """One forward pass on a batch that contains one block of rows for each entry."""
 
     def __init__(self, fold: Fold, entries: Sequence[Entry], *, disturbed: bool) -> None:
-        self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + disturbed
+        self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + 2 * disturbed
         self._disturbed, self._entries = disturbed, entries
         self._masks: list[dict[tuple[object, ...], Any]] = [{} for _ in entries]
         self._flags: list[tuple[Tensor, Entry, Patch]] = []
@@ -264,8 +266,9 @@ class _Run:
                 block, into = blocks.select(axis, place), written.select(axis, place)
                 self._patch(self._entries[number], self._masks[number], patches, block, into)
         if self._disturbed and not self._patched:
-            wild = clean.flip(axis)
-            written.select(axis, 0).copy_(wild * -2 if wild.is_floating_point() else wild)
+            wild = clean * math.nan if clean.is_floating_point() or clean.is_complex() else clean.flip(axis)
+            for end in (0, -1):
+                written.select(axis, end).copy_(wild)
         self._patched.update(number for number, _ in here)
         if len(here) < len(self._entries) or self._unchanged:
             # Rows that are not patched here were copied, too. A later in-place write would miss tensors that share
@@ -294,6 +297,17 @@ class _Run:
         wanted = clean.expand_as(blocks)
         if not close(blocks, wanted, blocks):
             raise StrategyError(f"before patching, the rows at '{name}' differ from those in the unpatched run")
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Disable the argument checks of distributions, which read values and reject NaN."""
+    validates = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(validates)
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:

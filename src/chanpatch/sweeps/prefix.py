@@ -317,7 +317,8 @@ def _kind(name: str) -> tuple[bool, bool]:
 def _reads_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether the arguments make a torch function return a tensor whose shape depends on a tensor's values."""
     masks = name == "__getitem__" and any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1:]))
-    return masks or (name in ("where", "one_hot") and len(args) + len(kwargs) == 1)
+    counts = name in ("repeat_interleave", "topk") and len([*_tensors((*args, *kwargs.values()))]) > 1
+    return masks or counts or (name in ("where", "one_hot") and len(args) + len(kwargs) == 1)
 
 
 def _caller(depth: int) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.paths import Path, leaves, replace
@@ -29,7 +28,7 @@ from ..patching.contexts import ContextSession, patched
 from ..patching.patch import Patch
 from ..registry.names import path_text
 from ..registry.sites import Site
-from .fold import Fold, close, opaque, raise_nan
+from .fold import Fold, close, opaque, raise_nan, unvalidated
 from .plan import Entry, Forward, Group, Seen
 from .prefix import StrategyError, refused
 from .result import Swept
@@ -94,34 +93,40 @@ class Execution:
         return reasons
 
     def _run_fold(self, fold: Fold, chunks: Sequence[Sequence[tuple[Entry, Group]]], folded: dict[int, Group]) -> None:
-        """Run all chunks, and compare two entries with the plain loop."""
+        """Run all chunks. Compare two entries with the plain loop, and one of them also with a fold of its own."""
         ends = self._drawn(chunks)
-        compared = {entry.number: entry for entry in ends}
+        compared = {entry.number for entry, _ in ends}
         count = sum(len(group.entries) for group in folded.values())
         why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
         with self.forward.undisturbed.shared():
-            alone = [(entry, end, _output_or_none(end, entry)) for entry, end in zip(ends, self._ends, strict=False)]
-            first = fold.outputs(chunks[0], disturbed=True)
+            alone = [
+                (entry, end, _output_or_none(end, entry)) for (entry, _), end in zip(ends, self._ends, strict=False)
+            ]
+            apart = next(fold.outputs(ends[:1], disturbed=True))
         with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
             for chunk in [chunks[0], *chunks[:0:-1]]:
-                outputs = first if chunk is chunks[0] else fold.outputs(chunk)
-                for (entry, _), output in zip(chunk, outputs, strict=True):
-                    if entry.number in compared:
-                        self._compare(entry, output, [each for each in alone if each[0] is entry])
+                for (entry, _), output in zip(chunk, fold.outputs(chunk), strict=True):
                     self._measure(entry, output)
                     if fold.reads:
                         raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
+                    if entry is ends[0][0] and _difference(apart, output):
+                        raise StrategyError(f"the results for the patch {entry.label!r} depend on other patches")
+                    if entry.number in compared:
+                        self._compare(entry, output, [each for each in alone if each[0] is entry])
                 begun = {id(group) for _, group in chunk}
                 for place, group in folded.items():
                     if id(group) in begun:
                         self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
 
-    def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[Entry]:
-        """Draw one entry from the first chunk and one from the last chunk, to be compared with the plain loop."""
+    def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[tuple[Entry, Group]]:
+        """Draw one entry from the first group and one from the last group, to be compared with the plain loop."""
         random = np.random.default_rng(0)
-        first, last = (chunk[random.integers(len(chunk))][0] for chunk in (chunks[0], chunks[-1]))
-        if first is last and len(chunks[0]) > 1:
-            first, last = (chunks[0][place][0] for place in random.permutation(len(chunks[0]))[:2])
+        ends = [
+            [each for each in chunk if each[1] is chunk[end][1]] for chunk, end in ((chunks[0], 0), (chunks[-1], -1))
+        ]
+        first, last = (each[random.integers(len(each))] for each in ends)
+        if first[0] is last[0] and len(chunks[0]) > 1:
+            first, last = (chunks[0][place] for place in random.permutation(len(chunks[0]))[:2])
         return [first, last]
 
     def _run(self, number: int, group: Group, unfolded: str) -> None:
@@ -328,12 +333,7 @@ def _vmap_compatible(device: torch.device) -> Iterator[None]:
 
     Inside this context, an error is also raised if vmap would fall back to a slow loop.
     """
-    validates = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # on other devices, vmap supports fused attention
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-            warnings.filterwarnings("error", message="There is a performance drop")
-            yield
-    finally:
-        Distribution.set_default_validate_args(validates)
+    with unvalidated(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        warnings.filterwarnings("error", message="There is a performance drop")
+        yield
