@@ -92,6 +92,16 @@ def test_rows_that_are_treated_together_in_each_layer_are_not_folded(name: str) 
     assert strategy_of(one_per_layer(Residual(between=TOGETHER[name]))) in ("resume", "loop", "vmap")
 
 
+@pytest.mark.parametrize("name", ["last row", "above the median", "largest of the batch"])
+def test_rows_that_are_treated_together_between_two_hook_points_are_not_folded(name: str) -> None:
+    inputs = (torch.randn(ROWS, 6),)
+    points = hook_points(Squashed(TOGETHER[name]).eval(), *inputs)
+    places = [(name, n, value) for name in ("second", "last") for n in range(4) for value in (0.0, 3.0, -4.0, 1.0)]
+    patches = {place: patch_in(points.site(place[0], feature=place[1]), place[2]) for place in places}
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert "fold" not in {group.strategy for group in result.groups}
+
+
 READS: dict[str, Callable[[Tensor], Tensor]] = {
     "bool": lambda hidden: hidden.tanh() if hidden[:, 0].sum() > 0.5 else -hidden,
     "item": lambda hidden: hidden * float(hidden.abs().max().item() > 1.5),
