@@ -447,6 +447,20 @@ def test_a_model_that_draws_in_its_forward_draws_the_same_for_every_patch() -> N
         torch.set_rng_state(state)
 
 
+def test_a_sparse_input_that_cannot_be_split_into_rows_is_passed_whole() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+            return self.last(torch.sparse.mm(edges, self.first(nodes)).relu())
+
+    inputs = torch.randn(ROWS, 6), (torch.rand(ROWS, ROWS) > 0.6).float().to_sparse()
+    points = hook_points(Graph(), *inputs)
+    assert_equals_the_loop(points, inputs, {n: zero_ablate(points.site("first", feature=n)) for n in range(8)})
+
+
 def test_a_sweep_in_inference_mode_equals_the_loop(inplace_relu: Model) -> None:
     with torch.inference_mode():
         points, inputs, site = traced(inplace_relu)

@@ -53,6 +53,9 @@ def input_count(inputs: Inputs) -> int:
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
     """Yield batches. Tensors that have one entry per input are split. Each batch contains all other arguments whole."""
     count = input_count(inputs)
+    if 0 < count <= batch_size:  # sparse tensors cannot be split, for example
+        yield inputs
+        return
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
         batch = inputs

@@ -149,12 +149,15 @@ class Forward:
     def ends(self) -> list[Forward]:
         """Return two Forwards: one that runs only on the first row, and one that runs only on the last row.
 
-        If a forward pass on a single row would not save time, return an empty list.
+        If a forward pass on a single row is not possible, or would not save time, return an empty list.
         """
         count = input_count(self.inputs)
         if count < FEWEST_TO_CUT or published.now.rows is not None:
             return []
-        first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
+        try:
+            first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
+        except RuntimeError:  # a sparse tensor cannot be split
+            return []
         cut = {0: first, count - 1: last}
         shared = {"check_nan": self.check_nan, "restoring": self.undisturbed}
         return [Forward(self.points, *each, row=row, **shared) for row, (each, _) in cut.items()]  # type: ignore[arg-type]
