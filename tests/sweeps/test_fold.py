@@ -102,6 +102,25 @@ def test_rows_that_are_treated_together_between_two_hook_points_are_not_folded(n
     assert "fold" not in {group.strategy for group in result.groups}
 
 
+@pytest.mark.parametrize("max_bytes", [2**13, 2**15, 2**28])
+def test_weights_from_the_mean_of_another_input_are_not_folded(max_bytes: int) -> None:
+    class Generated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weights, self.last = nn.Linear(6, 6), nn.Linear(4, 36), nn.Linear(6, 2)
+
+        def forward(self, vector: Tensor, other: Tensor) -> Tensor:
+            weights = self.weights(other).mean(0).view(6, 6)
+            return self.last((self.first(vector) @ weights).tanh())
+
+    inputs = torch.randn(ROWS, 6), torch.randn(ROWS, 4)
+    points = hook_points(Generated().eval(), *inputs)
+    names = (".in[0]", "weights.in[0]", "last")
+    patches = {site: zero_ablate(site) for name in names for site in parts(points.site(name))[:5]}
+    result = assert_equals_the_loop(points, inputs, patches, max_bytes=max_bytes)
+    assert "fold" not in {group.strategy for group in result.groups}
+
+
 READS: dict[str, Callable[[Tensor], Tensor]] = {
     "bool": lambda hidden: hidden.tanh() if hidden[:, 0].sum() > 0.5 else -hidden,
     "item": lambda hidden: hidden * float(hidden.abs().max().item() > 1.5),

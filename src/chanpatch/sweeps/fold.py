@@ -143,12 +143,13 @@ class Fold:
         calls = 3 * skipped + 5 * len(groups) + self._modules
         return module * calls + function * functions + blocks * (operation * operations + byte * nbytes)
 
-    def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool = False) -> Iterator[Any]:
+    def outputs(self, chunk: Sequence[tuple[Entry, Group]], disturbed: Sequence[Group] = ()) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
-        If `disturbed` is True, extra blocks at the start and at the end contain NaN or, for integers, reordered rows.
+        If groups are `disturbed`, extra blocks at the start and at the end contain NaN at the hook points of all these
+        groups or, for integers, reordered rows.
         """
-        run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
+        run = _Run(self, [entry for entry, _ in chunk], [group.point.name for group in disturbed])
         with unvalidated() if disturbed else nullcontext():
             output = run.output(min(group.skippable for _, group in chunk))
         parts = dict[Path, tuple[Tensor, ...]]()
@@ -156,7 +157,7 @@ class Fold:
             raise StrategyError("the patched output has tensors in different places than the unpatched output")
         for path, leaf in leaves(output):
             parts[path] = self._split(path, leaf, run.blocks)
-        return map(functools.partial(self._output, parts), range(int(disturbed), run.blocks - disturbed))
+        return map(functools.partial(self._output, parts), range(bool(disturbed), run.blocks - bool(disturbed)))
 
     def _output(self, parts: Mapping[Path, Sequence[Tensor]], number: int) -> Any:
         output = self._template
@@ -180,13 +181,16 @@ class Fold:
 class _Run:
     """One forward pass on a batch that contains one block of rows for each entry."""
 
-    def __init__(self, fold: Fold, entries: Sequence[Entry], *, disturbed: bool) -> None:
-        self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + 2 * disturbed
-        self._disturbed, self._entries = disturbed, entries
+    def __init__(self, fold: Fold, entries: Sequence[Entry], disturbed: Sequence[str]) -> None:
+        self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + 2 * bool(disturbed)
+        self._disturbed, self._entries = bool(disturbed), entries
         self._masks: list[dict[tuple[object, ...], Any]] = [{} for _ in entries]
         self._flags: list[tuple[Tensor, Entry, Patch]] = []
         self._versions: list[tuple[Tensor, int]] = []
-        self._at: dict[str, list[tuple[int, list[Patch]]]] = {}
+        # At a tensor that is overwritten in place, NaN would have to be written to all tensors that share its memory.
+        self._at: dict[str, list[tuple[int, list[Patch]]]] = {
+            name: [] for name in disturbed if not fold._seen[name].overwritten
+        }
         for number, entry in enumerate(entries):
             for patch in entry.patches:
                 here = self._at.setdefault(patch.site.name, [])
@@ -265,12 +269,12 @@ class _Run:
             else:
                 block, into = blocks.select(axis, place), written.select(axis, place)
                 self._patch(self._entries[number], self._masks[number], patches, block, into)
-        if self._disturbed and not self._patched:
+        if self._disturbed:
             wild = clean * math.nan if clean.is_floating_point() or clean.is_complex() else clean.flip(axis)
             for end in (0, -1):
                 written.select(axis, end).copy_(wild)
         self._patched.update(number for number, _ in here)
-        if len(here) < len(self._entries) or self._unchanged:
+        if (here and len(here) < len(self._entries)) or self._unchanged:
             # Rows that are not patched here were copied, too. A later in-place write would miss tensors that share
             # memory with the original rows.
             self._versions += [(leaf, leaf._version), (new, new._version)]

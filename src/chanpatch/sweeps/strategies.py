@@ -102,7 +102,7 @@ class Execution:
             alone = [
                 (entry, end, _output_or_none(end, entry)) for (entry, _), end in zip(ends, self._ends, strict=False)
             ]
-            apart = next(fold.outputs(ends[:1], disturbed=True))
+            apart = next(fold.outputs(ends[:1], [*folded.values()]))
         with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
             for chunk in [chunks[0], *chunks[:0:-1]]:
                 for (entry, _), output in zip(chunk, fold.outputs(chunk), strict=True):
