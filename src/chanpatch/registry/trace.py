@@ -332,7 +332,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
     """Map each hook point's name to the index of the axis whose length grew from `rows` to `rows + 1`.
 
     `shapes` contains the shapes with the additional row. A hook point is left out if the length of another of its axes
-    also changed, or if the axis that grew has a name other than "batch" or "channel".
+    also changed, or if the axis that grew is named, except "batch" and "channel" (from pooling of rows).
     """
     found = {}
     for fired in trace.fired:
@@ -345,7 +345,6 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
             return {}  # another axis grew, as in a sequence-first encoder after a Linear
         # If a tensor has only some of the rows, as in a mixture of experts, an extra row does not identify the axis.
         grew = [(before[number], after[number]) for number in changed] == [(rows, rows + 1)]
-        # A pooling or padding module whose input has rows but no channels names the rows "channel".
         if grew and len(before) == len(after) and names[changed[0]] in (None, "batch", "channel"):
             found[name] = changed[0]
     return found
