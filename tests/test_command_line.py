@@ -106,6 +106,7 @@ def alone():
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a file that defines a model."""
     (tmp_path / "my_model.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("import not_installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "my_model", raising=False)
@@ -139,7 +140,15 @@ def test_verify_compares_a_run_with_the_receipt(folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("my_model", "'my_model' does not have the form module:callable, such as my_model:example.\n"),
+        *(
+            (
+                reference,
+                f"{reference!r} does not have the form module:callable, such as my_model:example for a function in "
+                "my_model.py.\n",
+            )
+            for reference in ("my_model", "./my_model.py:example", "my_model.py:example")
+        ),
+        ("broken:example", "The module broken imports a module that is missing: No module named 'not_installed'.\n"),
         ("my_modle:example", "No module named 'my_modle'. Run the command in the folder that contains my_modle.py.\n"),
         ("my_model:exampel", "The module my_model has no callable 'exampel'. Did you mean 'example'?\n"),
         (

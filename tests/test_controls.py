@@ -464,6 +464,12 @@ def test_if_hardly_more_sets_exist_there_are_fewer() -> None:
     assert random_sets((4, 5), 2, count=19, other_than=[(4, 5)]) == []
 
 
+def test_a_single_set_in_place_of_a_list_of_sets_is_refused() -> None:
+    with pytest.raises(StatisticsError) as error:
+        random_sets(range(9), 2, count=1, other_than=(3, 4))  # type: ignore[arg-type]
+    assert str(error.value) == "other_than must contain sets of channels, such as [(3, 4)]; got [3, 4]."
+
+
 def test_a_set_larger_than_the_channels_is_refused() -> None:
     with pytest.raises(StatisticsError) as error:
         random_sets((1, 2), 3, count=1)

@@ -65,6 +65,20 @@ def test_the_parts_of_a_split_stand_side_by_side_with_marks_of_their_own() -> No
     assert legend == ["in (n = 4)", "out (n = 2)", "threshold 5"]
 
 
+def test_labels_of_several_types_and_with_dollar_signs_are_columns_of_their_own() -> None:
+    ax = strip(SUMS, np.array([None, "$UP$", None, "$UP$", 3, 3], object))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["$UP$\nn = 2", "3\nn = 2", "None\nn = 2"]
+    assert not any(text.get_parse_math() for text in ax.get_xticklabels())
+    with pytest.raises(StatisticsError) as error:
+        strip(np.arange(41.0), np.arange(41))
+    assert str(error.value) == "labels must contain at most 40 different labels; got 41."
+
+
+def test_infinity_is_marked_as_a_missing_value() -> None:
+    ax = heat_map([[1.0, -math.inf], [math.inf, 0.5]], ["a", "b"], ["c", "d"])
+    assert marks(ax, "0.5") == [[1, 0], [0, 1]] and not marks(ax, "white")
+
+
 def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
     ax = effect_ranking([record("a", 0.2), record("b", -0.5), record("c", 0.3)], label="difference, n = 30 levels")
     dots = [line for line in ax.lines if line.get_marker() == "o"]
@@ -133,7 +147,7 @@ def test_a_heat_map_has_its_values_in_cells_and_marks_negative_and_missing_ones(
     assert [text.get_text() for text in ax.get_xticklabels()] == ["The", "$cat$", "a\\nb"]
     assert not any(text.get_parse_math() for text in ax.get_xticklabels())
     assert marks(ax, "black") == [[2, 0]] and marks(ax, "white") == [[1, 1]] and marks(ax, "0.5") == [[0, 1]]
-    assert ax.get_title(loc="left") == "dashes: negative\ncrosses: no value"
+    assert ax.get_title(loc="left") == "dashes: negative\ncrosses: no finite value"
     assert ax.figure.axes[1].get_ylabel() == "mean change"
 
 

@@ -52,6 +52,10 @@ def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_blanks()
     assert lines == ["channel  label", "121      DOWN or LEFT", "7        UP"]
 
 
+def test_a_label_with_a_line_break_stays_in_its_line():
+    assert table([{"label": "a\nb", "n": 1}]) == ["label  n", r"a\nb   1"]
+
+
 def test_fractions_have_four_digits_and_none_is_an_empty_cell():
     assert table([{"auc": 0.98765, "n": 12345, "note": None}]) == ["auc     n      note", "0.9877  12345"]
 

@@ -102,22 +102,26 @@ def _parser() -> argparse.ArgumentParser:
 def _points(reference: str) -> tuple[HookPoints, tuple[Any, ...]]:
     """Import and call a function given as `module:callable`; return the model's hook points and the model's inputs."""
     name, _, attribute = reference.partition(":")
-    if not name or not attribute:
-        raise ValueError(f"{reference!r} does not have the form module:callable, such as my_model:example.")
+    if not name or not attribute or "/" in name or name.startswith(".") or name.endswith(".py"):
+        raise ValueError(
+            f"{reference!r} does not have the form module:callable, such as my_model:example for a function in "
+            "my_model.py."
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as fault:
+        if fault.name is None or not f"{name}.".startswith(f"{fault.name}."):
+            raise ValueError(f"The module {name} imports a module that is missing: {fault}.") from fault
         raise ValueError(f"{fault}. Run the command in the folder that contains {name.partition('.')[0]}.py.") from None
     if not callable(function := getattr(module, attribute, None)):
         hint = did_you_mean(attribute, [each for each, value in vars(module).items() if callable(value)])
         raise ValueError(f"The module {name} has no callable '{attribute}'.{hint}")
     returned = function()
     if not isinstance(returned, tuple) or len(returned) < 2:
-        raise ValueError(
-            f"{reference} must return a tuple (model, *inputs), with at least one input; got {type(returned).__name__}."
-        )
+        got = f"a tuple of length {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        raise ValueError(f"{reference} must return a tuple (model, *inputs), with at least one input; got {got}.")
     model, *inputs = returned
     return hook_points(model, *inputs), tuple(inputs)
 

@@ -102,7 +102,12 @@ def pair_count(clean: Any, corrupted: Any) -> int:
 
 
 def check_leaves_channels(site: Site, reduce: Reduce) -> None:
-    """Raise SiteError unless the reduction leaves the batch axis and at most one other axis of a bound site."""
+    """Raise SiteError unless a bound site and a reduction leave every input and at most one axis besides the batch."""
+    if "batch" in dict(site.indices):
+        raise SiteError(
+            f"{site!r} selects rows of the batch, but every input is used. Omit batch= from the site, and pass only "
+            "the inputs to use."
+        )
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(

@@ -213,18 +213,21 @@ def random_sets(
         `count` sets, each in ascending order, or fewer sets if too few distinct sets were found.
 
     Raises:
-        StatisticsError: If `count` is below 1, or `size` is not between 1 and the number of channels.
+        StatisticsError: If `count`, `size` or `other_than` is invalid.
 
     Example:
         >>> len(random_sets(range(32), 16, count=19, other_than=[range(16)]))
         19
     """
-    whole("count", count, least=1)
     if whole("size", size, least=1) > len(channels):
         raise StatisticsError(f"size must be at most {len(channels)}, the number of channels to draw from; got {size}.")
+    sets = [*other_than]
+    if not all(isinstance(each, Iterable) for each in sets):
+        raise StatisticsError(f"other_than must contain sets of channels, such as [(3, 4)]; got {sets}.")
     generator = np.random.default_rng(whole("seed", seed))
-    drawn = {tuple(sorted(generator.permutation(channels)[:size].tolist())): None for _ in range(10 * count)}
-    excluded = {tuple(sorted(each)) for each in other_than}
+    draws = range(10 * whole("count", count, least=1))
+    drawn = {tuple(sorted(generator.permutation(channels)[:size].tolist())): None for _ in draws}
+    excluded = {tuple(sorted(each)) for each in sets}
     return [each for each in drawn if each not in excluded][:count]
 
 
@@ -242,14 +245,13 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
-        StatisticsError: If `count` is below 1.
+        StatisticsError: If `count` is below 1, or the seed is invalid.
 
     Example:
         >>> controls = random_vectors(torch.tensor([[3.0, 4.0]]), count=19, seed=0)
         >>> controls.shape, controls[7].norm()
         (torch.Size([19, 1, 2]), tensor(5.))
     """
-    whole("count", count, least=1)
     if not isinstance(vector, Tensor):
         raise EditError(f"vector must be a tensor with the region's axes; got {type(vector).__name__}.")
     if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
@@ -258,8 +260,8 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
             f"{vector.dtype} with shape {tuple(vector.shape)}. Use contrast(...).steering_vector(site), for example."
         )
     rows = vector.detach().cpu().double().reshape(len(vector), -1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(count, *rows.shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(whole("seed", seed))
+    drawn = torch.randn(whole("count", count, 1), *rows.shape, generator=generator, dtype=torch.float64)
     scaled: Tensor = drawn * (rows.norm(dim=1) / drawn.norm(dim=2)).unsqueeze(2)
     return scaled.reshape(count, *vector.shape).to(vector)
 
@@ -349,13 +351,11 @@ def off_distribution(
         array([1.])
     """
     points = traced(points_or_model, inputs)
-    chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
-    if not chosen:
+    if not (chosen := (patches,) if isinstance(patches, Patch) else tuple(patches)):
         raise StatisticsError("The argument patches= is empty. Pass at least one patch.")
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))
-    count = input_count(inputs)
-    if not count:
+    if not (count := input_count(inputs)):
         raise StatisticsError("The argument inputs= is empty. Pass at least one input.")
     with undisturbed(points.model) as run:
         with patched(points, chosen):

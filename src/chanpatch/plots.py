@@ -15,12 +15,13 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .errors import StatisticsError
-from .results import ROWS, imported, largest_first, shown_p
-from .statistics.interval import finite
+from .results import ROWS, imported, largest_first, one_line, shown_p
+from .statistics.interval import finite, numbered
 from .statistics.proportions import PairedCounts
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def strip(
             f"sums, labels and split must have equal lengths; got shapes {values.shape}, {label.shape} and "
             f"{part.shape}."
         )
-    names, parts = np.unique(label), np.unique(part)
+    (names, column_of), (parts, part_of) = map(numbered, (label, part))
+    if len(names) > _TICKS:
+        raise StatisticsError(f"labels must contain at most {_TICKS} different labels; got {len(names)}.")
     if len(parts) > len(_MARKERS):
         raise StatisticsError(f"split must contain at most {len(_MARKERS)} different names; got {len(parts)}.")
     if not isinstance(threshold, (Real, type(None))):
@@ -76,14 +79,16 @@ def strip(
     width = 0.8 / len(parts)
     for number, (each, marker) in enumerate(zip(parts, _MARKERS, strict=False)):
         center = (number + 0.5) * width - 0.4
-        chosen = [np.flatnonzero((label == name) & (part == each)) for name in names]
+        chosen = [np.flatnonzero((column_of == column) & (part_of == number)) for column in range(len(names))]
         at = [column + center + _spread(len(rows), 0.7 * width) for column, rows in enumerate(chosen)]
         style: dict[str, Any] = {"facecolors": "none"} if marker in "o^sv" else {}
+        name = f"{each} (n = {(part_of == number).sum()})"
         ax.scatter(np.concatenate(at), values[np.concatenate(chosen)], s=16, marker=marker, linewidths=0.8,
-                   color=str(0.5 * (number % 2)), label=f"{each} (n = {(part == each).sum()})", **style)  # fmt: skip
+                   color=str(0.5 * (number % 2)), label=name, **style)  # fmt: skip
     if threshold is not None:
         ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
-    ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
+    ticks = [f"{name}\nn = {count}" for name, count in zip(names, np.bincount(column_of), strict=True)]
+    ax.set_xticks(range(len(names)), ticks, parse_math=False)
     ax.set(xlim=(-0.5, len(names) - 0.5), xlabel="label", ylabel="channel sum\n(activation summed over positions)")
     if split is not None or threshold is not None:
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
@@ -124,7 +129,8 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
     if any(_is_number(each.get("p")) for each in drawn):
         ax.text(1.02, 1.02, "p", transform=ax.transAxes, va="bottom")
     ax.axvline(0, color="black", linestyle=":", linewidth=1)
-    ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
+    texts = [one_line(each["label"] if "label" in each else each["site"]) for each in drawn]
+    ax.set_yticks(places, texts, parse_math=False)
     ax.set(ylim=(places[-1] + 0.7, -0.7), xlabel=textwrap.fill(label, 60))
     title = [_counted(*each) for each in zip(("effects", "controls"), groups, shown, strict=True) if each[1]]
     few = " (few inputs)" * any(each.get("note") == "few" for each in drawn)
@@ -145,7 +151,8 @@ def heat_map(
     """Draw a matrix of effects with shape `(row, col)` as a heat map; `label` is the label of the color bar.
 
     Dashes mark negative effects of at least a tenth of the largest absolute effect, so you can read the signs without
-    color. Crosses mark NaN. StatisticsError is raised if the labels do not match the shape, or if no effect is finite.
+    color. Crosses mark NaN and infinity. StatisticsError is raised if the labels do not match the shape, or if no
+    effect is finite.
     """
     effects = np.asarray(values, dtype=np.float64)
     if effects.shape != (len(rows), len(cols)):
@@ -157,19 +164,20 @@ def heat_map(
         raise StatisticsError(f"No effect is finite (number of effects: {effects.size}), so there is nothing to plot.")
     ax = ax or _new_axes(min(2.5 + 0.32 * len(cols), 11), min(1.8 + 0.28 * len(rows), 9))
     top = float(np.abs(effects[np.isfinite(effects)]).max()) or 1.0
-    signed = bool((effects < 0).any())
+    signed = bool((effects[np.isfinite(effects)] < 0).any())
     shown = ax.imshow(effects, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0, vmax=top, aspect="auto")
-    strong, negative, missing = effects < -0.6 * top, effects <= -top / 10, np.isnan(effects)
+    missing = ~np.isfinite(effects)
+    strong, negative = (effects < -0.6 * top) & ~missing, (effects <= -top / 10) & ~missing
     for marked, marker, color in ((negative & ~strong, "_", "black"), (strong, "_", "white"), (missing, "x", "0.5")):
         at = np.argwhere(marked)
         ax.scatter(at[:, 1], at[:, 0], s=min(60, (200 / max(effects.shape)) ** 2), marker=marker, color=color)
     for axis, labels in ((ax.yaxis, rows), (ax.xaxis, cols)):
         every = range(0, len(labels), -(-len(labels) // _TICKS))
-        text = [str(labels[place]).replace("\n", r"\n") for place in every]
+        text = [one_line(labels[place]) for place in every]
         axis.set_ticks(every, text, parse_math=False)
     if max(len(str(each)) for each in cols) > 2:
         ax.tick_params(axis="x", rotation=90)
-    notes = ["dashes: negative"] * bool(negative.any()) + ["crosses: no value"] * bool(missing.any())
+    notes = ["dashes: negative"] * bool(negative.any()) + ["crosses: no finite value"] * bool(missing.any())
     letters = max(12, int(10 * ax.get_window_extent().height / ax.figure.dpi))  # ten letters per inch
     ax.figure.colorbar(shown, ax=ax, label=textwrap.fill(label, letters))
     ax.set_title("\n".join(notes), loc="left", fontsize="medium")
@@ -215,7 +223,8 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         >>> [round(bar.get_width(), 2) for bar in ax.patches]
         [0.75, 0.75, 0.25, 0.25]
     """
-    n, (first, second) = sum(counts), names
+    counts, (first, second) = PairedCounts(*counts), names
+    n = sum(counts)
     if min(counts) < 0:
         raise StatisticsError(f"counts must not be negative; got {counts}.")
     if not n:
@@ -246,14 +255,15 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     return ax
 
 
-def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
+def channel_map(observation: Tensor | NDArray[Any], activation: Tensor, ax: Axes | None = None) -> Axes:
     """Draw one channel's activation map, stretched to the size of the observation, over the observation.
 
     Contours enclose activations whose absolute value is more than half of the largest absolute value. Contours around
     positive activations are solid, and contours around negative activations are dashed.
 
     Args:
-        observation: Tensor with shape `(channel, row, col)` and one or three channels; floats from 0 to 1, or uint8.
+        observation: Tensor or array with shape `(channel, row, col)` and one or three channels; floats from 0 to 1, or
+            uint8.
         activation: Activation of one channel, with shape `(row, col)` no larger than the observation, such as
             `cache["relu3"][0, 55]`.
         ax: Axes to draw on; new axes if None.
@@ -268,6 +278,7 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('column (pixel)', 'row (pixel)')
     """
+    observation = torch.as_tensor(observation)
     numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
     if not isinstance(activation, Tensor):
         raise StatisticsError(

@@ -287,11 +287,16 @@ def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
+def one_line(value: Any) -> str:
+    """Return the text of a label or another value, with line breaks escaped."""
+    return str(value).replace("\n", r"\n")
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
-        return str(value)
+        return one_line(value)
     return "-" if np.isnan(value) else f"{value:.4g}"
 
 

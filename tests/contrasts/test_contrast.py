@@ -327,6 +327,15 @@ def test_what_cannot_be_compared_is_refused(call: Callable[[], object], message:
     assert str(caught.value) == message
 
 
+def test_a_site_with_a_row_of_the_batch_is_refused() -> None:
+    with pytest.raises(SiteError) as caught:
+        contrast(POINTS, CLEAN, CORRUPTED, POINTS.site("conv1", batch=0))
+    assert str(caught.value) == (
+        "Site('conv1', batch=0) selects rows of the batch, but every input is used. Omit batch= from the site, and "
+        "pass only the inputs to use."
+    )
+
+
 def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))

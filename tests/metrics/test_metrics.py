@@ -415,8 +415,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),
         DistributionError,
-        "The output's distribution is Normal, which has no logits because it is not over a discrete set of actions. "
-        "For continuous actions, use kl_divergence or entropy.",
+        "The output's distribution is Normal, but this metric needs a Categorical or OneHotCategorical. For other "
+        "distributions, use kl_divergence or entropy.",
     ),
     "an entropy without a formula": (
         lambda: entropy(TransformedDistribution(Normal(LOGITS, PROBS), TanhTransform())),
@@ -491,3 +491,9 @@ def test_logits_that_are_nan_are_refused_after_torch_compile_has_turned_validati
     monkeypatch.setattr(Distribution, "_validate_args", False)
     with pytest.raises(DistributionError, match="NaN logits"):
         action_flip(LOGITS, baseline=LOGITS * torch.nan)
+
+
+def test_probabilities_from_logits_in_half_precision_are_computed_in_float32() -> None:
+    logits = LOGITS.bfloat16()
+    expected = entropy(Categorical(logits=logits.float()))
+    assert torch.equal(entropy(logits), expected)

@@ -159,7 +159,15 @@ REFUSED = {
     ),
     "one name": (
         lambda: label_channels(SUMS[:, None], LABELS[:, None], names=["UP"], seed=0),
-        "names must contain two to ten different names, one per label; got ('UP',).",
+        "names must contain two to ten different strings, one per label; got ('UP',).",
+    ),
+    "names that are numbers": (
+        lambda: label_channels(SUMS[:, None], np.arange(20) % 2, names=range(2), seed=0),  # type: ignore[arg-type]
+        "names must contain two to ten different strings, one per label; got (0, 1).",
+    ),
+    "an infinite penalty": (
+        lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, penalty=float("inf")),
+        "penalty must be finite and not negative, such as 0.02; got inf.",
     ),
     "a label without a name": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 5, names=NAMES, seed=0),

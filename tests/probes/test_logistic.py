@@ -15,13 +15,30 @@ LABELS = np.arange(200) % 3 == 0
 SUMS = RANDOM.normal(5, 2, size=(200, 3)) + LABELS[:, None] * [3, 1, 0]
 
 
-@pytest.mark.parametrize("penalty", [0.1, 1.0])
+@pytest.mark.parametrize("penalty", [1e-6, 0.1, 1.0])
 def test_a_logistic_probe_is_the_penalized_regression_on_scaled_channels(penalty: float) -> None:
     probe = LogisticProbe.fit(SUMS, LABELS, penalty=penalty)
     scaled = (SUMS - SUMS.mean(axis=0)) / SUMS.std(axis=0)
     model = LogisticRegression(C=1 / penalty, tol=1e-10).fit(scaled, LABELS)
     np.testing.assert_allclose(probe.coefficients, model.coef_[0], rtol=1e-4)
     np.testing.assert_allclose(probe.predict(SUMS), model.predict_proba(scaled)[:, 1], rtol=1e-4)
+
+
+def test_a_probe_under_a_weak_penalty_is_fitted_to_labels_that_channels_separate() -> None:
+    random = np.random.default_rng(3)
+    scaled = random.normal(size=(160, 8))
+    scaled = (scaled - scaled.mean(axis=0)) / scaled.std(axis=0)
+    labels = scaled @ random.normal(size=8) > 0
+    model = LogisticRegression(C=1e4, tol=1e-12, max_iter=100_000).fit(scaled, labels)
+    np.testing.assert_allclose(LogisticProbe.fit(scaled, labels, penalty=1e-4).coefficients, model.coef_[0], rtol=1e-3)
+
+
+def test_a_constant_channel_that_has_another_value_later_does_not_change_predictions() -> None:
+    constant = np.full((len(SUMS), 1), 0.1)  # numpy's std of equal numbers is positive because of rounding
+    probe = LogisticProbe.fit(np.hstack([SUMS, constant]), LABELS)
+    expected = LogisticProbe.fit(SUMS, LABELS).predict(SUMS)
+    assert probe.std[3] == 1 and abs(probe.coefficients[3]) < 1e-9
+    np.testing.assert_allclose(probe.predict(np.hstack([SUMS, 3 * constant])), expected, rtol=1e-6)
 
 
 def test_a_probe_is_scored_on_other_inputs_beside_the_label_that_was_more_frequent_in_the_fit() -> None:
@@ -63,7 +80,14 @@ def test_coefficients_have_intervals_over_the_inputs_of_the_fit() -> None:
             lambda: LogisticProbe.fit(SUMS, LABELS).predict(SUMS[:, :2]),
             "sums has 2 channels, but the probe was fitted on 3 channels.",
         ),
-        (lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0), "penalty must be positive, such as 1.0; got 0."),
+        (
+            lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0),
+            "penalty must be positive and finite, such as 1.0; got 0.",
+        ),
+        (
+            lambda: LogisticProbe.fit(SUMS, LABELS).coefficient_interval(SUMS, LABELS, penalty=float("inf")),
+            "penalty must be positive and finite, such as 1.0; got inf.",
+        ),
         (
             lambda: LogisticProbe.fit(SUMS, LABELS[:9]),
             "labels must have one boolean for each of the 200 inputs, such as directions == 0; got dtype bool and "

@@ -210,6 +210,11 @@ REFUSED = {
         lambda: channel_sums(plain(), torch.zeros(0, 3, 8, 8), "relu1"),
         "inputs is empty: pass at least one input.",
     ),
+    "rows of the batch": (
+        lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), plain().site("relu1", batch=0)),
+        "Site('relu1', batch=0) selects rows of the batch. Channel sums use every row: omit batch= from the site, and "
+        "pass only the inputs to use.",
+    ),
     "a site without channels": (
         lambda: channel_sums(
             hook_points(nn.Identity(), torch.zeros(2, 3), axes={".out": ("batch", "row")}), torch.zeros(2, 3), ".out"
@@ -243,6 +248,12 @@ def test_a_model_is_traced_with_the_first_batch_and_no_batch_is_lost():
 def test_sums_of_neither_a_model_nor_its_hook_points_are_refused():
     with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
         channel_sums([], torch.zeros(2, 2), "")
+
+
+def test_an_array_of_inputs_is_refused():
+    with pytest.raises(TypeError) as caught:
+        channel_sums(plain(), np.zeros((2, 3, 8, 8)), "relu1")
+    assert str(caught.value) == "Inputs must be tensors; got a NumPy array. Pass torch.as_tensor(array)."
 
 
 def test_a_model_without_any_batch_cannot_be_traced():

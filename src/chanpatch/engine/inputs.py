@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
@@ -24,8 +26,7 @@ def batches(
     tensor in `inputs` is split along the tensor's first axis. Tensors that all inputs share are not split; `shared`
     maps the path of each such tensor to the tensor's length. If `inputs` is any other iterable, each item is one batch.
     """
-    whole = isinstance(inputs, (Tensor, tuple, Mapping))
-    for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
+    for batch in _cut(inputs, batch_size, shared or {}) if _are_whole(inputs) else inputs:
         if isinstance(batch, Mapping) and not is_tensordict(batch):
             yield (), batch
         else:
@@ -38,11 +39,19 @@ def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[lis
     The list is empty if there are no inputs. Use the returned inputs instead of the argument `inputs`, which may be an
     iterator whose first batch has been consumed.
     """
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
-        return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
+    if _are_whole(inputs):
+        size = max(1, batch_size) if isinstance(batch_size, Integral) else 1  # callers check the batch size later
+        return [*itertools.islice(_cut(inputs, size, {}), 1)], inputs
     rest = iter(inputs)
     first = [*itertools.islice(rest, 1)]
     return first, itertools.chain(first, rest)
+
+
+def _are_whole(inputs: Any) -> bool:
+    """Return whether inputs are to be split into batches, rather than an iterable of batches."""
+    if isinstance(inputs, np.ndarray):
+        raise TypeError("Inputs must be tensors; got a NumPy array. Pass torch.as_tensor(array).")
+    return isinstance(inputs, (Tensor, tuple, Mapping))
 
 
 def input_count(inputs: Inputs) -> int:

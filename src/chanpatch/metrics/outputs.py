@@ -66,6 +66,7 @@ def categorical(logits: Tensor) -> Categorical | None:
             "action is always 1. If this is the logit of the second of two actions, return "
             "torch.distributions.Bernoulli(logits=...) from the model."
         )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # log_softmax in half precision is inexact
     # Logits inside vmap and empty logits cannot be validated. Pass validate_args explicitly, because the first
     # torch.compile in a process changes the default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
@@ -123,8 +124,8 @@ def logits_of(output: Any) -> Tensor:
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
-            f"The output's distribution is {type(found).__name__}, which has no logits because it is not over a "
-            "discrete set of actions. For continuous actions, use kl_divergence or entropy."
+            f"The output's distribution is {type(found).__name__}, but this metric needs a Categorical or "
+            "OneHotCategorical. For other distributions, use kl_divergence or entropy."
         )
     logits: Tensor = found.logits  # type: ignore[attr-defined]
     return logits

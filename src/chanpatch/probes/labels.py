@@ -150,6 +150,9 @@ def label_channels(
     array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
         raise ProbeError(f"level must be greater than 0 and less than 1, such as 0.05; got {level!r}.")
+    if not 0 <= penalty < math.inf:
+        raise ProbeError(f"penalty must be finite and not negative, such as 0.02; got {penalty!r}.")
+    names = tuple(names)
     indicators = _indicators(labels, names, len(array))
     first, second = halves(indicators, seed)
     unions, members = [], []
@@ -188,8 +191,8 @@ def _unions(labels: int) -> list[tuple[int, ...]]:
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
     """Return whether each input has each label, with shape `(input, label)`; check the labels and names."""
     array = np.asarray(labels)
-    if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
-        raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")
+    if not 2 <= len(names) <= 10 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        raise ProbeError(f"names must contain two to ten different strings, one per label; got {names}.")
     if array.shape == (inputs,) and np.issubdtype(array.dtype, np.integer):
         for wrong in array[(array < 0) | (array >= len(names))][:1]:
             raise ProbeError(f"labels contains {wrong}, but the {len(names)} names have indices 0 to {len(names) - 1}.")

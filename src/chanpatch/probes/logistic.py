@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..statistics.proportions import paired_counts, paired_difference_interval, 
 from ..statistics.ranking import auc
 from ..statistics.resampling import bootstrap_interval
 
-_STEPS = 50  # maximum number of Newton steps; fewer than ten are usually enough
+_STEPS = 100  # maximum number of Newton steps; fewer than ten are usually enough
 _FLAT = 1e-6  # penalty that keeps the intercept finite if all labels are equal
 
 
@@ -91,16 +92,14 @@ class LogisticProbe:
             penalty: L2 penalty: the loss includes `penalty` times half the squared norm of the coefficients.
 
         Raises:
-            ProbeError: If sums or labels are invalid or do not match, or the penalty is not positive.
+            ProbeError: If sums or labels are invalid or do not match, or the penalty is not positive and finite.
 
         References:
             Hastie, Tibshirani and Friedman, "The elements of statistical learning" (2009), section 4.4.
         """
         array, positive = _checked(sums, labels)
-        if not penalty > 0:
-            raise ProbeError(f"penalty must be positive, such as 1.0; got {penalty!r}.")
-        mean, std = array.mean(axis=0), array.std(axis=0)
-        std = np.where(std > 0, std, 1.0)
+        mean, varies = array.mean(axis=0), np.ptp(array, axis=0) > 0
+        std = np.where(varies, array.std(axis=0), 1.0)  # rounding can make the std of equal numbers positive
         intercept, *coefficients = _fitted((array - mean) / std, positive, penalty)
         majority = bool(positive.mean() >= 0.5)
         return cls(float(intercept), np.array(coefficients), mean, std, majority, len(array))
@@ -167,15 +166,24 @@ def _checked(sums: ArrayLike, labels: ArrayLike) -> tuple[Floats, Booleans]:
 
 def _fitted(scaled: Floats, positive: Booleans, penalty: float) -> Floats:
     """Fit the intercept and the coefficients by Newton's method; return one array with shape `(1 + channel,)`."""
+    if not 0 < penalty < math.inf:
+        raise ProbeError(f"penalty must be positive and finite, such as 1.0; got {penalty!r}.")
     design = np.column_stack([np.ones(len(scaled)), scaled])
     ridge = np.diag([_FLAT, *[penalty] * scaled.shape[1]])
+
+    def loss(found: Floats) -> float:
+        logits = np.where(positive, -1.0, 1.0) * (design @ found)
+        return float(np.logaddexp(0.0, logits).sum() + found @ ridge @ found / 2)
+
     found = np.zeros(design.shape[1])
     for _ in range(_STEPS):
         predicted = _probability(design @ found)
         gradient = design.T @ (positive - predicted) - ridge @ found
         step = np.linalg.solve((design * (predicted * (1 - predicted))[:, None]).T @ design + ridge, gradient)
-        found += np.clip(step, -2.0, 2.0)  # a full step can overshoot if probabilities are near 0 or 1
-        if np.abs(step).max() < 1e-8:
+        while np.abs(step).max() > 1e-8 and loss(found + step) > loss(found):  # a full step can overshoot
+            step /= 2
+        found += step
+        if np.abs(step).max() <= 1e-8:
             break
     return found
 

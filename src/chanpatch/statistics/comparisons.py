@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Floats, Interval, booleans, finite, too_few, two_groups
+from .interval import Floats, Interval, booleans, finite, numbered, too_few, two_groups
 from .means import clustered, limited, mean, mean_interval, mean_limits, noted, snapped, withheld
 from .ranking import areas, placement_margin, placements, separated
 from .resampling import bootstrap_interval
@@ -103,7 +103,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
     import scipy.stats
 
     samples = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
-    stratum = _numbered(np.zeros(len(samples[0])) if strata is None else strata)
+    stratum = numbered(np.zeros(len(samples[0])) if strata is None else strata)[1]
     if not len(samples[0]) == len(samples[1]) == len(stratum):
         raise StatisticsError(
             "first, second and strata must have equal lengths, one entry per input; got lengths "
@@ -150,7 +150,7 @@ def stratified_difference_interval(
     References:
         Mantel and Haenszel, "Statistical aspects of the analysis of data from retrospective studies of disease" (1959).
     """
-    one, other, stratum = booleans(success), booleans(first), _numbered(strata)
+    one, other, stratum = booleans(success), booleans(first), numbered(strata)[1]
     if one is None or other is None or one.ndim != 1 or not one.shape == other.shape == stratum.shape or not one.size:
         kinds = [f"{array.dtype} of shape {array.shape}" for array in map(np.asarray, (success, first, strata))]
         raise StatisticsError(
@@ -222,8 +222,3 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     note = np.where((whole.low <= 0) & (whole.high >= 0), "the interval for the total contains 0", note)
     note = np.where(np.isnan(whole.low), whole.note, note)
     return noted(estimate, limits[0], limits[1], _CONFIDENCE, note)
-
-
-def _numbered(labels: ArrayLike) -> Any:
-    """Replace labels by consecutive whole numbers, starting at 0. Equal labels get equal numbers."""
-    return np.unique(np.asarray(labels), return_inverse=True)[1]

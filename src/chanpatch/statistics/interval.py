@@ -127,6 +127,14 @@ def booleans(labels: ArrayLike) -> Booleans | None:
     return array.astype(np.bool_)
 
 
+def numbered(labels: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the distinct labels, and the index of each label among the distinct labels."""
+    array = np.asarray(labels)
+    # Convert objects to text, because labels of different types cannot be sorted.
+    names, numbers = np.unique(array.astype(str) if array.dtype == object else array, return_inverse=True)
+    return names, numbers
+
+
 def quantile(confidence: float, freedom: int | None = None) -> float:
     """Return the two-sided critical value of the normal distribution or, given `freedom`, of Student's t distribution.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import StatisticsError
+from ..errors import StatisticsError, counted
 from .interval import FEWEST, Booleans, Floats, Interval, few_others, finite, quantile, too_few, two_groups, wilson
 
 FEWEST_CONTROLS = 19  # with fewer controls, even rank 1 has p above 0.05
@@ -129,7 +129,7 @@ class Rank:
 
     def __str__(self) -> str:
         end = f"no p-value: {self.no_p}" if self.p is None else f"p = {self.p:.3g}"
-        return f"rank {self.rank} of {self.controls + 1} (the effect and {self.controls} controls), {end}"
+        return f"rank {self.rank} of {self.controls + 1} (the effect and {counted(self.controls, 'control')}), {end}"
 
 
 def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
