@@ -530,14 +530,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         open_and_close,
         "The patch at 'fc' never ran inside patched(). Possible causes: the module was not called, its .forward() was "
         f"called directly (bypassing hooks), or the module was compiled. {type(CNN.module).__name__}.__call__() was "
-        "not called while the context was open.",
+        "not called on this model object while the context was open.",
     ),
     "no forward while it was recorded": (
         errors.UnreachedError,
         lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or the module was compiled. Branching.__call__() was not called while the "
-        "context was open.",
+        "directly (bypassing hooks), or the module was compiled. Branching.__call__() was not called on this model "
+        "object while the context was open.",
     ),
     "a context that was closed twice": (
         RuntimeError,

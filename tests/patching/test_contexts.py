@@ -765,6 +765,27 @@ def test_nan_is_let_through_where_it_is_asked_for(net, points, image):
         assert net(image).isnan().all()
 
 
+def test_a_parameter_gets_its_gradient_after_a_pass_without_gradients(net, points, image):
+    learned, value = (torch.ones(4, 1, 4, 4, requires_grad=True) for _ in range(2))
+    with patched(points, patch_in(points.site("conv", channel=2), learned), check_nan=False):
+        with torch.no_grad():
+            net(image)
+        net(image).sum().backward()
+    by_hand(net, image, lambda hidden: put(hidden, (slice(None), slice(2, 3)), value)).sum().backward()
+    torch.testing.assert_close(learned.grad, value.grad)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), slice(-2, None), [False, True, True, False, False, False]], ids=str)
+def test_a_tensor_of_the_whole_hook_point_is_cut_to_positions_along_a_free_axis(rows):
+    model, longer = nn.Sequential(nn.Identity()), torch.randn(3, 6, 2)
+    points = hook_points(model, torch.randn(2, 6, 2), free={"position": 1}, axes={"0": "batch position feature"})
+    site, chosen = points.site("0", position=rows), longer[:, rows]
+    assert torch.equal(patch_in(site, longer).edit.value, chosen)
+    assert torch.equal(patch_in(site, chosen).edit.value, chosen)
+    mean = mean_ablate(site, longer, over=("batch", "position")).edit.value
+    torch.testing.assert_close(mean, chosen.mean((0, 1), keepdim=True))
+
+
 def test_nan_in_elements_that_where_leaves_out_is_no_fault(net, points, image):
     odd = (torch.arange(4) % 2 == 1).view(4, 1, 1, 1)
     poison = torch.where(odd, 1.0, float("nan"))

@@ -572,6 +572,17 @@ def test_arithmetic_of_small_integers_does_not_wrap(dtype):
     assert (-cache(1, large))[site].tolist() == [-1, -large]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_caches_of_tokens_and_masks_have_differences_and_means(dtype):
+    site = Site("a")
+    one, two = (
+        ActivationCache({site: torch.tensor(each, dtype=dtype)}, {site: ("batch",)}, {site: 0})
+        for each in ([1, 0], [1, 1])
+    )
+    assert (one - two)[site].tolist() == [0, -1]
+    assert (one - one.mean())[site].tolist() == [0.5, -0.5]
+
+
 def test_a_cache_is_moved_and_cast_like_a_tensor(points, image):
     cache = cache_of(points, image)
     cast = cache.to(torch.float64)

@@ -157,6 +157,19 @@ def test_what_is_no_module_is_a_type_error():
         hook_points(lambda x: x, torch.randn(2))
 
 
+@pytest.mark.parametrize("given", [{"axes": "batch feature"}, {"free": ["position"]}], ids=str)
+def test_axes_and_free_lengths_are_dicts(given):
+    expected = f"{[*given][0]}= must be a dict, such as .*; got {type([*given.values()][0]).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        hook_points(nn.Linear(6, 4), torch.randn(2, 6), **given)
+
+
+@pytest.mark.parametrize("use", [lambda points: points[0], lambda points: points.select([".out"])])
+def test_hook_points_are_found_by_strings_only(use):
+    with pytest.raises(TypeError, match="must be a string, such as 'conv1'; got (int|list)"):
+        use(hook_points(nn.Linear(6, 4), torch.randn(2, 6)))
+
+
 def test_a_model_whose_own_name_is_a_tap_is_told():
     class Clash(nn.Module):
         def __init__(self):

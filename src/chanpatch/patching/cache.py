@@ -23,7 +23,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     A key may also be a hook point's name. If the whole hook point was recorded, the name refers to the whole hook
     point; otherwise, the name refers to the only recorded site at the hook point. A pattern such as `"h.*"` works if
     exactly one recorded site matches. The operators +, -, * and / accept a number or a cache with the same sites, as in
-    `clean - corrupted`. The operators convert small integer dtypes to int64.
+    `clean - corrupted`. The operators convert bool and small integer dtypes to int64.
 
     Args:
         activations: Dict that maps each site to the activation, with all axes of the region or, after a reduction, with
@@ -185,13 +185,15 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def mean(self) -> ActivationCache:
         """Average each activation over the batch. In the result, the batch axis has length 1.
 
+        Integer and bool activations are converted to float32.
+
         Raises:
             BatchAxisError: If a batch axis is unknown.
         """
         for site in self:
             if self._batch_axes[site] is None:
                 raise BatchAxisError(f"Cannot average {site!r} over the batch. {no_batch(site)}")
-        means = self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
+        means = self._like(lambda activation, site: _mean(activation, self._batch_axes[site]))
         means._is_mean, means._steps = True, {}
         return means
 
@@ -268,6 +270,11 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Convert an activation with a small integer dtype to int64, so that arithmetic does not overflow."""
-    small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+    """Convert a bool activation, or one with a small integer dtype, to int64, so that arithmetic does not overflow."""
+    small = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation
+
+
+def _mean(activation: Tensor, axis: int | None) -> Tensor:
+    inexact = activation.is_floating_point() or activation.is_complex()
+    return activation.mean(dim=axis, keepdim=True, dtype=None if inexact else torch.float32)

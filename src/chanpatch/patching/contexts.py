@@ -77,7 +77,8 @@ class ContextSession(Session):
         """Sentence to append to an error message if the model was not called; empty if a root call has begun."""
         if self.has_begun:
             return ""
-        return f" {type(self.root).__name__}.{self.method}() was not called while the context was open."
+        call = f"{type(self.root).__name__}.{self.method}()"
+        return f" {call} was not called on this model object while the context was open."
 
     def finish(self, error: Exception | None) -> None:
         """Check the session when the session's context exits. Raise an error if a check fails.

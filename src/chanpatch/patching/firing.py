@@ -195,7 +195,9 @@ class Firing(Located):
             check_mask(self.patch.where, self.site, self.axes, region.shape)
         self._constant = self._filled = None
         number = isinstance(self._sets, Real)
-        fits = number or (self._sets is not None and self._sets.shape == region.shape)
+        # A parameter is excluded, because a region that was computed under no_grad() would cut it from the graph.
+        plain = type(self._sets) is Tensor and not self._sets.requires_grad
+        fits = number or (plain and self._sets.shape == region.shape)
         # Whole activations are excluded, because the strides may differ.
         self._is_constant = bool(fits and self.positions and not self._check_nan and self.patch.where is None)
         if self._is_constant and number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster if small

@@ -56,8 +56,8 @@ def recording(
             `reduce`. For each reduced value, `cache.counts` contains the number of selected elements. If no elements
             are selected, the value is NaN. Integer activations are converted to float64.
         detach: Whether to detach the recorded activations from the autograd graph. If False and without `reduce`, the
-            forward pass continues from the recorded activation, so `torch.autograd.grad(output, cache[site])` is the
-            gradient at the site.
+            forward pass continues from the recorded activation, so after a single forward pass,
+            `torch.autograd.grad(output, cache[site])` is the gradient at the site.
         device: Device on which to store the recorded activations; None to leave each on its own device.
         allow_unreached: Names of hook points that the model does not have to reach.
 

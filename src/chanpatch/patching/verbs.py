@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..errors import BatchAxisError, ChanpatchError, EditError, SiteError, did_you_mean
+from ..registry.indices import most_positions
 from ..registry.sites import Site, no_batch, read
 from .donors import Donor, InputsOf
 from .edits import Add, Edit, Per, Resample, Set, check_mask, fits, region_lengths, shape_error
@@ -227,8 +228,11 @@ def _region(site: Site, source: Any) -> Any:
     """
     point, whole = site.point, site.indexed()
     if isinstance(source, torch.Tensor):
-        covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])
-        if point is None or not covers or fits(source, region_lengths(site, point), or_one=True):
+        if point is None or not fits(source, [point.length(axis) for axis in point.axes]):
+            return source
+        most = {point.axes.index(axis): most_positions(index) for axis, index in site.indices}
+        short = all(axis == point.batch_axis or n <= most.get(axis, n) for axis, n in enumerate(source.shape))
+        if short and fits(source, region_lengths(site, point), or_one=True):
             return source
         return read(source, site.positions(point.axes, source.shape))
     if not isinstance(source, Mapping):

@@ -108,6 +108,14 @@ def positions_in(selection: Selection, length: int, axis: str) -> list[int]:
     return chosen
 
 
+def most_positions(selection: Selection) -> int:
+    """Return how many positions a selection selects along an axis that is long enough."""
+    if isinstance(selection, Span):
+        return len(range(2**62)[selection.start : selection.stop : selection.step])
+    values: Any = selection if isinstance(selection, tuple) else selection.values
+    return sum(values) if isinstance(selection, Flags) else len(values)
+
+
 def advice(indexed: Sequence[str], axes: Sequence[str]) -> str:
     """Return advice for an error message about indices: how to name axes, or how positions are counted.
 

@@ -53,6 +53,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         self._tree: Tree | None = None
 
     def __getitem__(self, name: str) -> HookPoint:
+        _check_name(name)
         point = self._points.get(self._aliases.get(name, name)) or self._points.get(self._rewritten(name))
         if point is None:
             raise HookPointError(self._unknown(name))
@@ -80,6 +81,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         Raises:
             HookPointError: If no name matches, or if `?` misses indices with several digits, as `h.?` misses `h.10`.
         """
+        _check_name(pattern)
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
@@ -185,6 +187,11 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return [{**record, "parameters": f"{record['parameters']:,}"} for record in self.to_records()]
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"A hook point's name or pattern must be a string, such as 'conv1'; got {type(name).__name__}.")
+
+
 def hook_points(
     model: nn.Module,
     *example_inputs: Any,
@@ -217,6 +224,7 @@ def hook_points(
     Raises:
         UnsupportedModelError: If the model is compiled or scripted, has lazy parameters, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
+        TypeError: If the model is not a module, or if `axes` or `free` is not a dict.
         HookPointError: If the model does not have the method, if no hook point matches a pattern in `axes`, or if two
             hook points have the same name.
         SiteError: If `axes` does not fit a hook point, or `free` does not fit the inputs.
@@ -230,6 +238,9 @@ def hook_points(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points expects a torch.nn.Module, not {no_module(model)}")
+    for name, given, example in (("axes", axes, "{'h.*': 'batch position'}"), ("free", free, "{'position': 1}")):
+        if not isinstance(given, (Mapping, type(None))):
+            raise TypeError(f"{name}= must be a dict, such as {example}; got {type(given).__name__}.")
     Tree(model).refuse_unhookable()
     facts = traced_run(model, method, example_inputs, example_keywords, axes or {}, free or {})
     return HookPoints(model, method=method, **facts)
