@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chanpatch import edit, errors, hook_points, patch_in, patched, resample_ablate, steer, sweep, zero_ablate
 from chanpatch.patching import Scale, Set
-from chanpatch.sweeps import SweepResult, plan
+from chanpatch.sweeps import SweepResult, fold, plan
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,62 @@ def test_rows_that_are_treated_together_between_two_hook_points_are_not_folded(n
     patches = {place: patch_in(points.site(place[0], feature=place[1]), place[2]) for place in places}
     result = assert_equals_the_loop(points, inputs, patches)
     assert "fold" not in {group.strategy for group in result.groups}
+
+
+RARELY_TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "any large value": lambda hidden: hidden * (1 + (hidden > 4).any()),
+    "count of large values": lambda hidden: hidden + (hidden > 4).sum(),
+    "scaled by the largest": lambda hidden: hidden / hidden.nan_to_num().abs().amax().clamp(min=4),
+}
+
+
+@pytest.mark.parametrize("name", RARELY_TOGETHER)
+def test_rows_that_only_large_values_in_other_rows_change_are_not_folded(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(fold, "_GAIN", np.inf)
+    inputs = (torch.randn(ROWS, 6),)
+    points = hook_points(Residual(RARELY_TOGETHER[name]).eval(), *inputs)
+    places = [(n, feature, value) for n in range(6) for feature in range(3) for value in (0.0, 9.0)]
+    patches = {place: patch_in(points.site(f"layers.{place[0]}", feature=place[1]), place[2]) for place in places}
+    for max_bytes in (2**11, 2**13):
+        result = assert_equals_the_loop(points, inputs, patches, max_bytes=max_bytes)
+        assert "fold" not in {group.strategy for group in result.groups}
+
+
+@pytest.mark.parametrize("max_bytes", [2**11, 2**12, 2**13])
+def test_what_a_skipped_module_shares_with_later_modules_is_what_the_loop_reads(
+    monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    monkeypatch.setattr(fold, "_GAIN", np.inf)
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+
+    class Shares(nn.Module):
+        def __init__(self, shared: dict[str, Tensor]) -> None:
+            super().__init__()
+            self.layer, self.shared = nn.Linear(6, 6), shared
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.shared["hidden"] = self.layer(hidden).tanh()
+            return self.shared["hidden"]
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared: dict[str, Tensor] = {}
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+            self.first, self.second = Shares(self.shared), Shares(self.shared)
+
+        def forward(self, vector: Tensor) -> Tensor:
+            hidden = self.layers[1](self.first(self.layers[0](vector)))
+            hidden = self.layers[2](hidden + self.shared["hidden"].sin())
+            return self.layers[4](self.layers[3](self.second(hidden)) + self.shared["hidden"].sin())  # type: ignore[no-any-return]
+
+    inputs = (torch.randn(9, 6),)
+    points = hook_points(Reads().eval(), *inputs)
+    names = ("layers.0", "first.layer", "layers.1", "layers.2", "second", "layers.3.in[0]", "layers.3", "layers.4")
+    patches = {(name, n): zero_ablate(points.site(name, feature=n)) for name in names for n in range(6)}
+    assert_equals_the_loop(points, inputs, patches, max_bytes=max_bytes)
 
 
 @pytest.mark.parametrize("max_bytes", [2**13, 2**15, 2**28])

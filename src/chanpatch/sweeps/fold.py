@@ -3,8 +3,8 @@
 Each block has one row per input. Modules that finish before the earliest patch are skipped. Their outputs in the clean
 run are repeated for each block if they are read after the skipped modules. The fold is correct only if the model treats
 rows independently. Therefore, each block is compared with the clean run before the block is patched. The outputs for
-two patches are compared with the plain loop. One of these patches also runs between two blocks of NaN in a fold of its
-own, because different neighbors must not change the output.
+two or more patches are compared with the plain loop. One of these patches also runs between a block of NaN and a block
+of large values in a fold of its own, because different neighbors must not change the output.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ class Fold:
                 break
             size = -(-size // 2)
         loop = self._seconds((), 1)
-        compared = 2 * loop if self.rows < FEWEST_TO_CUT else 2 * self._seconds((), 1 / self.rows)
-        return best, seconds + compared < _GAIN * len(entries) * loop
+        compared = max(2, len({chunk[0][1].skippable for chunk in best}))
+        alone = loop if self.rows < FEWEST_TO_CUT else self._seconds((), 1 / self.rows)
+        return best, seconds + compared * alone < _GAIN * len(entries) * loop
 
     def _most(self, group: Group, size: int) -> int:
         room = min(self._max_bytes, _CPU_BYTES) if group.on_cpu else self._max_bytes
@@ -146,8 +147,9 @@ class Fold:
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], disturbed: Sequence[Group] = ()) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
-        If groups are `disturbed`, extra blocks at the start and at the end contain NaN at the hook points of all these
-        groups or, for integers, reordered rows.
+        If groups are `disturbed`, extra blocks surround the entries' blocks. At the hook points of all these groups,
+        the first block contains NaN, and the last block contains large values. For integers, both contain reordered
+        rows.
         """
         run = _Run(self, [entry for entry, _ in chunk], [group.point.name for group in disturbed])
         with unvalidated() if disturbed else nullcontext():
@@ -270,9 +272,9 @@ class _Run:
                 block, into = blocks.select(axis, place), written.select(axis, place)
                 self._patch(self._entries[number], self._masks[number], patches, block, into)
         if self._disturbed:
-            wild = clean * math.nan if clean.is_floating_point() or clean.is_complex() else clean.flip(axis)
-            for end in (0, -1):
-                written.select(axis, end).copy_(wild)
+            for end, factor in ((0, math.nan), (-1, 1000.0)):
+                inexact = clean.is_floating_point() or clean.is_complex()
+                written.select(axis, end).copy_(clean * factor if inexact else clean.flip(axis))
         self._patched.update(number for number, _ in here)
         if (here and len(here) < len(self._entries)) or self._unchanged:
             # Rows that are not patched here were copied, too. A later in-place write would miss tensors that share

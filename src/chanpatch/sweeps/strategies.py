@@ -7,6 +7,7 @@ keep a context open between two outputs, because the plain loop may run in betwe
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -93,14 +94,15 @@ class Execution:
         return reasons
 
     def _run_fold(self, fold: Fold, chunks: Sequence[Sequence[tuple[Entry, Group]]], folded: dict[int, Group]) -> None:
-        """Run all chunks. Compare two entries with the plain loop, and one of them also with a fold of its own."""
+        """Run all chunks. Compare some entries with the plain loop, and one of them also with a fold of its own."""
         ends = self._drawn(chunks)
         compared = {entry.number for entry, _ in ends}
         count = sum(len(group.entries) for group in folded.values())
         why = f"the {len(compared)} patches checked (of {count}) agree with the loop"
         with self.forward.undisturbed.shared():
             alone = [
-                (entry, end, _output_or_none(end, entry)) for (entry, _), end in zip(ends, self._ends, strict=False)
+                (entry, end, _output_or_none(end, entry))
+                for (entry, _), end in zip(ends, itertools.cycle(self._ends), strict=False)
             ]
             apart = next(fold.outputs(ends[:1], [*folded.values()]))
         with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
@@ -119,7 +121,11 @@ class Execution:
                         self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
 
     def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[tuple[Entry, Group]]:
-        """Draw one entry from the first group and one from the last group, to be compared with the plain loop."""
+        """Draw the entries to compare with the plain loop: from the first group, from the last group, and from others.
+
+        The others are one entry for each further number of skipped module calls, because a skipped call may leave data
+        for a later module in an object that is not restored.
+        """
         random = np.random.default_rng(0)
         ends = [
             [each for each in chunk if each[1] is chunk[end][1]] for chunk, end in ((chunks[0], 0), (chunks[-1], -1))
@@ -127,7 +133,9 @@ class Execution:
         first, last = (each[random.integers(len(each))] for each in ends)
         if first[0] is last[0] and len(chunks[0]) > 1:
             first, last = (chunks[0][place] for place in random.permutation(len(chunks[0]))[:2])
-        return [first, last]
+        skips = {chunk[0][1].skippable: chunk for chunk in [*chunks, chunks[0]]}
+        others = [chunk for chunk in skips.values() if chunk is not chunks[0] and chunk is not chunks[-1]]
+        return [first, last, *(chunk[random.integers(len(chunk))] for chunk in others)]
 
     def _run(self, number: int, group: Group, unfolded: str) -> None:
         """Run all entries in the group at position `number`. `unfolded` is the reason why the group was not folded."""

@@ -57,8 +57,8 @@ def sweep(
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a hook point for many patches at a time. `"fold"` runs patches at one or several hook
             points as extra rows in the batch. `"auto"` compares at least two of the patches with the
-            loop, and uses the fastest strategy that gives the same numbers. If dropout or batch norm is in training
-            mode, `"auto"` uses the loop.
+            loop, and uses the fastest strategy that gives the same numbers. Therefore, edits and `where` functions may
+            run several times per patch. If dropout or batch norm is in training mode, `"auto"` uses the loop.
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
