@@ -158,6 +158,26 @@ def test_what_a_skipped_module_shares_with_later_modules_is_what_the_loop_reads(
     assert_equals_the_loop(points, inputs, patches, max_bytes=max_bytes)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "resume"])
+def test_an_output_that_is_scaled_through_its_data_is_what_the_loop_patches(
+    monkeypatch: pytest.MonkeyPatch, strategy: Any
+) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+
+    class Scales(Residual):
+        def forward(self, vector: Tensor) -> Tensor:
+            hidden = self.layers[0](vector)
+            result = self.layers[1](hidden)
+            hidden.data.mul_(0.5)
+            return super().forward(hidden + result)
+
+    inputs = (torch.randn(ROWS, 6),)
+    points = hook_points(Scales().eval(), *inputs)
+    whole, part = points.site("layers.0#0"), points.site("layers.0#0", feature=2)
+    patches = {"first": patch_in(whole, 1.0), "part": patch_in(part, 2.0), "last": patch_in(whole, 3.0)}
+    assert_equals_the_loop(points, inputs, patches, strategy=strategy)
+
+
 @pytest.mark.parametrize("max_bytes", [2**13, 2**15, 2**28])
 def test_weights_from_the_mean_of_another_input_are_not_folded(max_bytes: int) -> None:
     class Generated(nn.Module):

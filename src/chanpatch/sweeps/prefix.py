@@ -85,6 +85,8 @@ class Prefix:
         # For each call to a torch function: number of module calls finished before, bytes, and arithmetic operations.
         self.steps: list[tuple[int, int, float]] = []
         self.uses: list[Use] = []
+        # Addresses of storages that were read as `.data` or as an array, through which writes do not change versions.
+        self.exposed: set[int] = set()
         self.last_read = 0  # number of steps recorded before the last torch function that read a tensor's values
         self._counts: Counter[nn.Module] = Counter()
         self._spread: Callable[[Call, Any], Any] | None = None
@@ -114,13 +116,13 @@ class Prefix:
         """
         self._taps, self._free_bytes, self._draws = taps, max_bytes, draws
         self.finished, self.last_read = 0, 0
-        for noted in (self.calls, self.steps, self.uses, self._counts):
+        for noted in (self.calls, self.steps, self.uses, self.exposed, self._counts):
             noted.clear()
         modules = dict.fromkeys(self._without_hooks_inside(self._model)) if store else ()
         with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Watch(self):
             yield
         for call in self.calls:
-            call.known &= call.unwritten
+            call.known &= call.unwritten and self.exposed.isdisjoint(storage(tensor) for tensor, _ in call.versions)
         finished, sizes, operations = np.array([*self.steps, (0, 0, 0.0)]).T
         self._finished = [*finished[:-1]]
         self._largest, self._operations, self._bytes = (
@@ -208,7 +210,7 @@ class Prefix:
         size = sum(tensor.nbytes for tensor in returned)
         # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
         known = not self._tapped and size <= self._free_bytes and drawn == (self._draws and self._random_state())
-        known &= _versions((args, kwargs)) == before
+        known &= _versions((args, kwargs)) == before and self.exposed.isdisjoint(given)
         if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
             versions = [(tensor, tensor._version) for tensor in returned]
@@ -265,6 +267,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
+        if name in ("numpy", "__array__") or getattr(func, "__self__", None) is Tensor.data:
+            prefix.exposed.add(storage(args[0]))
         if name == "__get__" or ((ours := _caller(1).startswith(_OURS)) and name != "clone"):  # the inputs are clones
             return output
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
