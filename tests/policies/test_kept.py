@@ -261,7 +261,7 @@ def test_statistics_that_a_vector_wrapper_adds_are_those_of_the_finished_episode
         assert [*done.kept["at reset"][episode]] == [length] + [None] * length
 
 
-def test_infos_in_a_list_are_kept_by_nobody() -> None:
+def test_infos_in_a_list_cannot_be_kept() -> None:
     envs = gymnasium.wrappers.vector.DictInfoToList(SyncVectorEnv([Counting] * 3))
     assert rollout(act, envs, SEEDS, max_steps=9, outputs="logits").lengths.tolist() == lengths()
     with pytest.raises(RolloutError) as caught:
