@@ -123,6 +123,30 @@ def test_rows_that_only_large_values_in_other_rows_change_are_not_folded(
         assert "fold" not in {group.strategy for group in result.groups}
 
 
+@pytest.mark.parametrize("name", RARELY_TOGETHER)
+def test_the_values_beside_a_single_row_are_large_even_if_those_in_the_row_are_zero(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(fold, "_GAIN", np.inf)
+
+    class Rectified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.last = nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.last(RARELY_TOGETHER[name](self.relu(self.first(hidden))))
+
+    inputs = (torch.randn(ROWS, 6),)
+    inputs[0][0] = 0.0
+    points = hook_points(Rectified().eval(), *inputs)
+    places = [(feature, value) for value in (0.0, 0.5, 9.0) for feature in range(4)]
+    patches = {place: patch_in(points.site("relu", feature=place[0]), place[1]) for place in places}
+    for max_bytes in (2**8, 2**11, 2**13):
+        result = assert_equals_the_loop(points, inputs, patches, max_bytes=max_bytes)
+        assert "fold" not in {group.strategy for group in result.groups}
+
+
 @pytest.mark.parametrize("max_bytes", [2**11, 2**12, 2**13])
 def test_what_a_skipped_module_shares_with_later_modules_is_what_the_loop_reads(
     monkeypatch: pytest.MonkeyPatch, max_bytes: int

@@ -241,7 +241,7 @@ def test_a_sweep_leaves_no_activation_to_the_garbage_collector(plain_cnn: Model,
 
 
 @pytest.mark.usefixtures("skipping")
-def test_what_comes_before_a_patch_runs_once_and_in_the_loop_that_two_patches_are_compared_with() -> None:
+def test_what_comes_before_a_patch_runs_once_and_in_the_checks_on_single_rows() -> None:
     calls = []
     model = Squashed()
     first = model.first.forward
@@ -250,7 +250,7 @@ def test_what_comes_before_a_patch_runs_once_and_in_the_loop_that_two_patches_ar
     calls.clear()
     result = sweep(points, *vectors(ROWS), patches=[zero_ablate(s) for s in parts(points.site("second"))], metric=total)
     assert strategy_of(result) == "fold"
-    assert calls == [ROWS, 1, 1]
+    assert calls == [ROWS, 1, 1, 3]  # the last check has a block of other values before and after the row
 
 
 def test_hooks_of_others_run_in_every_forward(plain_cnn: Model) -> None:
@@ -711,7 +711,7 @@ def test_one_patch_at_each_hook_point_does_not_run_anew_what_comes_before() -> N
     patches = {name: zero_ablate(points.site(name)) for name in ("second.in[0]", "second", "last.in[0]", "last")}
     result = assert_equals_the_loop(points, inputs, patches)
     assert [(group.point, group.strategy) for group in result.groups] == [(name, "fold") for name in patches]
-    assert calls == [ROWS, 1, 1, *[ROWS] * len(patches)]  # the last ones are those by hand
+    assert calls == [ROWS, 1, 1, 3, *[ROWS] * len(patches)]  # the last ones are those by hand
 
 
 def test_one_patch_that_is_made_for_the_whole_batch_loops() -> None:

@@ -4,11 +4,13 @@ Each block has one row per input. Modules that finish before the earliest patch 
 run are repeated for each block if they are read after the skipped modules. The fold is correct only if the model treats
 rows independently. Therefore, each block is compared with the clean run before the block is patched. The outputs for
 two or more patches are compared with the plain loop. One of these patches also runs between a block of NaN and a block
-of large values in a fold of its own, because different neighbors must not change the output.
+of large values in a fold of its own, because different neighbors must not change the output. One row is enough for
+that fold, unless the fold for the single row gives other numbers.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from bisect import bisect_right
@@ -29,7 +31,7 @@ from ..patching.contexts import ContextSession, nan_error
 from ..patching.edits import Set
 from ..patching.firing import traced_view
 from ..patching.patch import Patch
-from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
+from .plan import Entry, Forward, Group, Seen
 from .prefix import Call, StrategyError, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
@@ -122,8 +124,7 @@ class Fold:
             size = -(-size // 2)
         loop = self._seconds((), 1)
         compared = max(2, len({chunk[0][1].skippable for chunk in best}))
-        alone = loop if self.rows < FEWEST_TO_CUT else self._seconds((), 1 / self.rows)
-        return best, seconds + compared * alone < _GAIN * len(entries) * loop
+        return best, seconds + compared * self._seconds((), 1 / self.rows) < _GAIN * len(entries) * loop
 
     def _most(self, group: Group, size: int) -> int:
         room = min(self._max_bytes, _CPU_BYTES) if group.on_cpu else self._max_bytes
@@ -144,6 +145,15 @@ class Fold:
         calls = 3 * skipped + 5 * len(groups) + self._modules
         return module * calls + function * functions + blocks * (operation * operations + byte * nbytes)
 
+    def on_row(self, forward: Forward, output: Any) -> Fold:
+        """Return a fold for the one row on which `forward` runs. `output` is the model's output for this row."""
+        fold = copy.copy(self)
+        fold.forward, fold.rows, fold._baseline = forward, 1, output
+        fold._seen = {
+            name: seen.on_row(self.points[name].tensor_batch_axis, forward.row) for name, seen in self._seen.items()
+        }
+        return fold
+
     def outputs(self, chunk: Sequence[tuple[Entry, Group]], disturbed: Sequence[Group] = ()) -> Iterator[Any]:
         """Run a chunk, and return an iterator over the outputs for the entries.
 
@@ -153,7 +163,7 @@ class Fold:
         """
         run = _Run(self, [entry for entry, _ in chunk], [group.point.name for group in disturbed])
         with unvalidated() if disturbed else nullcontext():
-            output = run.output(min(group.skippable for _, group in chunk))
+            output = run.output(min(group.skippable for _, group in chunk) if self.forward.row is None else 0)
         parts = dict[Path, tuple[Tensor, ...]]()
         if [path for path, _ in leaves(output)] != [path for path, _ in leaves(self._baseline)]:
             raise StrategyError("the patched output has tensors in different places than the unpatched output")
@@ -169,7 +179,9 @@ class Fold:
 
     def _split(self, path: Path, leaf: Tensor, blocks: int) -> tuple[Tensor, ...]:
         wanted = get(self._baseline, path).shape
-        if blocks > 1 and path not in self._of_output:
+        if blocks == 1 and leaf.shape == wanted:
+            return (leaf,)
+        if path not in self._of_output:
             grown = [axis for axis, pair in enumerate(zip(leaf.shape, wanted, strict=False)) if len({*pair}) > 1]
             if len(grown) != 1 or leaf.dim() != len(wanted):
                 raise StrategyError("a tensor in the output has no batch axis")
@@ -272,9 +284,8 @@ class _Run:
                 block, into = blocks.select(axis, place), written.select(axis, place)
                 self._patch(self._entries[number], self._masks[number], patches, block, into)
         if self._disturbed:
-            for end, factor in ((0, math.nan), (-1, 1000.0)):
-                inexact = clean.is_floating_point() or clean.is_complex()
-                written.select(axis, end).copy_(clean * factor if inexact else clean.flip(axis))
+            for end, other in zip((0, -1), self.fold._seen[name].others(axis), strict=True):
+                written.select(axis, end).copy_(other)
         self._patched.update(number for number, _ in here)
         if (here and len(here) < len(self._entries)) or self._unchanged:
             # Rows that are not patched here were copied, too. A later in-place write would miss tensors that share

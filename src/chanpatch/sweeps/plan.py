@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +30,6 @@ from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, Use, fresh
 
 _LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
-FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
 _OPERATIONS = 10**6  # number of multiplications that take about ten times as long as calling a module
 
 
@@ -149,10 +149,10 @@ class Forward:
     def ends(self) -> list[Forward]:
         """Return two Forwards: one that runs only on the first row, and one that runs only on the last row.
 
-        If a forward pass on a single row is not possible, or would not save time, return an empty list.
+        If a forward pass on a single row is not possible, or there is only one row, return an empty list.
         """
         count = input_count(self.inputs)
-        if count < FEWEST_TO_CUT or published.now.rows is not None:
+        if count < 2 or published.now.rows is not None:
             return []
         try:
             first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
@@ -195,12 +195,35 @@ class Seen:
         # Numbers of module calls that have finished, and of torch functions that have run, before this activation.
         self.skippable, self.step = prefix.finished, len(prefix.steps)
         self.clean = leaf.detach().clone() if keep and leaf.layout == torch.strided else None
+        self._largest: Tensor | None = None
         self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
 
     def settle(self) -> None:
         """After the run, record whether a later function wrote to the tensor in place, and release the tensor."""
         self.overwritten = self._version < 0 or self._leaf._version != self._version
         del self._leaf
+
+    def others(self, axis: int) -> tuple[Tensor, Tensor]:
+        """Return two tensors to put next to the activation: NaN and large values. For integers, both are reordered.
+
+        `axis` is the batch axis of the activation. The activation must have been kept.
+        """
+        assert self.clean is not None
+        if not (self.clean.is_floating_point() or self.clean.is_complex()):
+            return (self.clean.flip(axis),) * 2
+        return self.clean * math.nan, 1000 * (self.clean if self._largest is None else self._largest)
+
+    def on_row(self, axis: int | None, row: int | None) -> Seen:
+        """Return the same object with one row of the activation, or with none if the row has no other values.
+
+        The large values are then those with the largest magnitudes in the whole activation.
+        """
+        seen, whole = copy.copy(self), self.clean
+        seen.clean = None
+        if axis is not None and row is not None and whole is not None and whole.is_floating_point():
+            seen.clean, low, high = whole.narrow(axis, row, 1), *torch.aminmax(whole, dim=axis, keepdim=True)
+            seen._largest = high.where(high > -low, low)
+        return seen
 
 
 def clean_run(

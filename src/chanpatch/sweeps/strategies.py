@@ -56,7 +56,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         self._opaque = next((kind for _, kind in opaque(self.baseline)), "")
-        self._ends = [] if self._opaque else self.forward.ends()
+        self._ends = self.forward.ends()
         self._random = training_modules(self.forward.points.model)
 
     def run(self, groups: Sequence[Group], seen: Mapping[str, Seen]) -> None:
@@ -104,14 +104,14 @@ class Execution:
                 (entry, end, _output_or_none(end, entry))
                 for (entry, _), end in zip(ends, itertools.cycle(self._ends), strict=False)
             ]
-            apart = next(fold.outputs(ends[:1], [*folded.values()]))
+            apart = self._apart(fold, ends[0], [*folded.values()], alone[:1])
         with self.forward.prefix.wrapped(max(chunk[0][1].skippable for chunk in chunks)):
             for chunk in [chunks[0], *chunks[:0:-1]]:
                 for (entry, _), output in zip(chunk, fold.outputs(chunk), strict=True):
                     self._measure(entry, output)
                     if fold.reads:
                         raise StrategyError(f"a metric reads the {fold.reads[0]} in the output")
-                    if entry is ends[0][0] and _difference(apart, output):
+                    if entry is ends[0][0] and all(_difference(other, output, row) for row, other in apart):
                         raise StrategyError(f"the results for the patch {entry.label!r} depend on other patches")
                     if entry.number in compared:
                         self._compare(entry, output, [each for each in alone if each[0] is entry])
@@ -119,6 +119,20 @@ class Execution:
                 for place, group in folded.items():
                     if id(group) in begun:
                         self.done[place] = Swept(group.point.name, len(group.entries), "fold", why)
+
+    def _apart(
+        self, fold: Fold, drawn: tuple[Entry, Group], groups: Sequence[Group], alone: Sequence[_Alone]
+    ) -> Iterator[tuple[int | None, Any]]:
+        """Yield the output for an entry that runs between other values: for one row, then for the whole batch.
+
+        Each item is a pair (row, output). The row is None for the whole batch. A single row is used only if the patch
+        changes the row's output, because other rows may not affect a row whose activations are all zero.
+        """
+        for _, end, output in alone:
+            with suppress(Exception):
+                if _difference(output, self.baseline, end.row):
+                    yield end.row, next(fold.on_row(end, output).outputs([drawn], groups))
+        yield None, next(fold.outputs([drawn], groups))
 
     def _drawn(self, chunks: Sequence[Sequence[tuple[Entry, Group]]]) -> list[tuple[Entry, Group]]:
         """Draw the entries to compare with the plain loop: from the first group, from the last group, and from others.
@@ -145,7 +159,7 @@ class Execution:
         reasons = [f"fold: {unfolded}", *reasons] if unfolded else reasons
         # The plain loop runs two entries, one on the first input and one on the last. The loop runs first, so that the
         # comparison fails if the fast strategy reads state that a forward pass leaves behind.
-        pairs = zip((order * 2)[:2], self._ends if strategies else (), strict=False)
+        pairs = zip((order * 2)[:2], self._ends if strategies and not self._opaque else (), strict=False)
         alone = [(entry, end, _output_or_none(end, entry)) for entry, end in pairs]
         for strategy in strategies:
             failed, why = self._try(strategy, group, order, alone)
