@@ -245,6 +245,8 @@ def inside_vmap(tensor: Tensor) -> bool:
 def storage(tensor: Tensor) -> int:
     """Return the memory address of a tensor's storage, or 0 if the address is unknown."""
     if tensor.layout == torch.strided and not tensor.is_meta:
-        with suppress(RuntimeError):  # a wrapper around other tensors has no storage
+        try:
             return tensor.untyped_storage().data_ptr()
+        except RuntimeError:  # a wrapper around other tensors has no storage
+            return 0
     return 0

@@ -122,7 +122,9 @@ class Prefix:
         with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Watch(self):
             yield
         for call in self.calls:
-            call.known &= call.unwritten and self.exposed.isdisjoint(storage(tensor) for tensor, _ in call.versions)
+            call.known &= call.unwritten
+            if self.exposed:
+                call.known &= self.exposed.isdisjoint(storage(tensor) for tensor, _ in call.versions)
         finished, sizes, operations = np.array([*self.steps, (0, 0, 0.0)]).T
         self._finished = [*finished[:-1]]
         self._largest, self._operations, self._bytes = (
@@ -198,22 +200,26 @@ class Prefix:
         self._counts[module] += 1
         if self.inside:
             return forward(*args, **kwargs)
-        before, given = _versions((args, kwargs)), {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
-        if any(getattr(part, "inplace", False) for part in module.modules()):
+        parts = [*module.modules()]
+        with torch._C.DisableTorchFunction():  # _Watch slows down each access to an attribute of a tensor
+            before, given = _versions(args, kwargs)
+        if any(getattr(part, "inplace", False) for part in parts):
             self._keep_apart(given)
         self._tapped, drawn = False, self._draws and self._random_state()
-        state = Snapshot(module.modules())
+        state = Snapshot(parts)
         state.note() if self._snapshot.contents else state.note_bound()
         output = self._run(forward, *args, **kwargs)
-        returned = [*_tensors([output])]
-        self.uses.append(Use(len(self.calls), self.finished, None, {storage(tensor) for tensor in returned} - {0}))
-        size = sum(tensor.nbytes for tensor in returned)
-        # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
-        known = not self._tapped and size <= self._free_bytes and drawn == (self._draws and self._random_state())
-        known &= _versions((args, kwargs)) == before and self.exposed.isdisjoint(given)
-        if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
+        with torch._C.DisableTorchFunction():
+            returned = [*_tensors([output])]
+            made, size = {*map(storage, returned)} - {0}, sum(tensor.nbytes for tensor in returned)
+            self.uses.append(Use(len(self.calls), self.finished, None, made))
+            known = not self._tapped and size <= self._free_bytes and _versions(args, kwargs)[0] == before
+            # The call must not share memory with its arguments. Writes to inference tensors cannot be detected.
+            known &= self.exposed.isdisjoint(given) and given.isdisjoint(made)
+            known &= not any(tensor.is_inference() for tensor in returned)
+            versions = [(tensor, tensor._version) for tensor in returned] if known else []
+        if known and drawn == (self._draws and self._random_state()):  # skipping a call that draws changes later draws
             self._free_bytes -= size
-            versions = [(tensor, tensor._version) for tensor in returned]
             left = Snapshot(module.modules()).note() if state.changed() or state.rewritten() else None
             self.calls.append(Call(module, number, fresh(output), versions, left, known=True))
         else:
@@ -274,8 +280,8 @@ class _Watch(TorchFunctionMode):
         tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         given = {storage(tensor) for tensor in tensors}
         returned = [*_tensors(tensors[:1] if name == "__setitem__" else [output])]
-        call = prefix.finished if prefix.inside else -1
-        prefix.uses.append(Use(call, prefix.finished, given, {*map(storage, returned)}))
+        made = [*map(storage, returned)]
+        prefix.uses.append(Use(prefix.finished if prefix.inside else -1, prefix.finished, given, {*made}))
         if ours:
             return output
         always_reads, multiplies = _kind(name)
@@ -285,7 +291,7 @@ class _Watch(TorchFunctionMode):
             prefix.last_read = len(prefix.steps)
         if not returned:
             return output
-        sizes = [tensor.nbytes for tensor in returned if storage(tensor) not in given]
+        sizes = [tensor.nbytes for tensor, address in zip(returned, made, strict=True) if address not in given]
         size = max([*sizes, _scores(name, args, kwargs or {})])
         count = 0.0
         if multiplies and isinstance(output, Tensor):  # exact for matrices with shapes (m, k) and (k, n)
@@ -370,9 +376,11 @@ def fresh(tree: Any) -> Any:
     return tree
 
 
-def _versions(arguments: Any) -> list[tuple[Path, int, int]]:
-    """Return the path, the id and the version of each tensor in a module's arguments, to detect changes."""
-    return [(path, id(each), -1 if each.is_inference() else each._version) for path, each in leaves(arguments)]
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[Path, int, int]], set[int]]:
+    """Return path, id and version of each tensor in a module's arguments, and the addresses of their storages."""
+    given = [*leaves(args), *(leaves(kwargs) if kwargs else ())]
+    versions = [(path, id(each), -1 if each.is_inference() else each._version) for path, each in given]
+    return versions, {storage(each) for _, each in given} - {0}
 
 
 def _copy(output: Any) -> Any:
