@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -140,16 +140,14 @@ class Execution:
         The others are one entry for each further number of skipped module calls, because a skipped call may leave data
         for a later module in an object that is not restored.
         """
-        random = np.random.default_rng(0)
-        ends = [
-            [each for each in chunk if each[1] is chunk[end][1]] for chunk, end in ((chunks[0], 0), (chunks[-1], -1))
-        ]
-        first, last = (each[random.integers(len(each))] for each in ends)
+        random = Random(0)
+        first = random.choice([each for each in chunks[0] if each[1] is chunks[0][0][1]])
+        last = random.choice([each for each in chunks[-1] if each[1] is chunks[-1][-1][1]])
         if first[0] is last[0] and len(chunks[0]) > 1:
-            first, last = (chunks[0][place] for place in random.permutation(len(chunks[0]))[:2])
+            first, last = random.sample(chunks[0], 2)
         skips = {chunk[0][1].skippable: chunk for chunk in [*chunks, chunks[0]]}
         others = [chunk for chunk in skips.values() if chunk is not chunks[0] and chunk is not chunks[-1]]
-        return [first, last, *(chunk[random.integers(len(chunk))] for chunk in others)]
+        return [first, last, *map(random.choice, others)]
 
     def _run(self, number: int, group: Group, unfolded: str) -> None:
         """Run all entries in the group at position `number`. `unfolded` is the reason why the group was not folded."""

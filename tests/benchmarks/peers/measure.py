@@ -18,6 +18,7 @@ from tqdm import tqdm
 Name = TypeVar("Name", bound=Hashable)
 
 REPEATS = 15
+FEWEST, PATIENCE = 5, 600.0  # slow variants stop after 600 CPU seconds, but not before five rounds
 
 
 class Interval(NamedTuple):
@@ -56,7 +57,7 @@ def interleaved(
     Args:
         variants: By name.
         title: Of the progress bar.
-        repeats: How many rounds.
+        repeats: How many rounds at most.
         calls: How many calls are timed together.
         warm: Whether they have been called before; otherwise each is, once.
     """
@@ -71,9 +72,12 @@ def interleaved(
     with quiet():
         for variant in () if warm else variants.values():
             timed(variant)
-        for name in tqdm([*variants] * repeats, desc=title):
-            samples[name].append(timed(variants[name]))
-            gc.collect()
+        for number in tqdm(range(repeats), desc=title, unit="round"):
+            if number >= FEWEST and sum(map(sum, samples.values())) * calls > PATIENCE:
+                break
+            for name, variant in variants.items():
+                samples[name].append(timed(variant))
+                gc.collect()
     return samples
 
 
