@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import EXPERT, HANDWRITTEN, LIBRARIES, module_of, report
+from peers import EXPERT, HANDWRITTEN, LIBRARIES, measure, module_of, report
 from peers.interface import Unable
 from peers.measure import interleaved, ratio
 from peers.models import impala, impala_everywhere, mlp, transformer
@@ -73,6 +73,12 @@ def test_variants_take_turns():
     samples = interleaved(variants, warm=True, title="test", repeats=3)
     assert order == ["one", "other"] * 3
     assert {name: len(seconds) for name, seconds in samples.items()} == {"one": 3, "other": 3}
+
+
+def test_slow_variants_stop_after_five_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE", 0.0)
+    samples = interleaved({"one": lambda: sum(range(1000))}, warm=True, title="test", repeats=15)
+    assert len(samples["one"]) == 5
 
 
 def test_a_ratio_is_that_of_the_medians_inside_its_interval():

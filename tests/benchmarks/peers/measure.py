@@ -18,7 +18,7 @@ from tqdm import tqdm
 Name = TypeVar("Name", bound=Hashable)
 
 REPEATS = 15
-FEWEST, PATIENCE = 5, 600.0  # slow variants stop after 600 CPU seconds, but not before five rounds
+FEWEST, PATIENCE = 5, 400.0  # a task stops after 400 CPU seconds, but not before five rounds
 
 
 class Interval(NamedTuple):
