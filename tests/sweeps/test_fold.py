@@ -462,6 +462,28 @@ def test_a_module_that_overwrites_its_input_does_so_before_every_patch(
     assert strategy == "auto" or strategy_of(result) == strategy
 
 
+class HalvesData(nn.Module):
+    """Halves its input in a way that torch's versions do not show."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        vector.data.mul_(0.5)
+        return vector * 2
+
+
+@pytest.mark.parametrize("max_bytes", [2**11, 2**28])
+@pytest.mark.parametrize("strategy", ["fold", "resume", "auto"])
+def test_patches_before_and_at_an_input_that_is_overwritten_unseen_do_not_affect_each_other(
+    max_bytes: int, strategy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_OPERATIONS", -1)
+    inputs = (torch.randn(ROWS, 6),)
+    points = hook_points(Overwritten(HalvesData()).eval(), *inputs)
+    sites = [site for name in ("first", "block.0.in[0]", "block") for site in parts(points.site(name))]
+    for each in (sites, sites[::-1]):
+        patches = {site: steer(site, 1.5) for site in each}
+        assert_equals_the_loop(points, inputs, patches, strategy=strategy, max_bytes=max_bytes)
+
+
 def test_masks_draws_and_rows_of_the_context_are_those_of_the_unfolded_batch() -> None:
     inputs = (torch.randn(ROWS, 6),)
     points = hook_points(Residual().eval(), *inputs)

@@ -198,9 +198,12 @@ class Seen:
         self._largest: Tensor | None = None
         self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
 
-    def settle(self) -> None:
-        """After the run, record whether a later function wrote to the tensor in place, and release the tensor."""
-        self.overwritten = self._version < 0 or self._leaf._version != self._version
+    def settle(self, exposed: set[int]) -> None:
+        """After the run, record whether a later function may have written to the tensor in place. Release the tensor.
+
+        `exposed` contains the storages through which writes cannot be detected.
+        """
+        self.overwritten = self._version < 0 or self._leaf._version != self._version or storage(self._leaf) in exposed
         del self._leaf
 
     def others(self, axis: int) -> tuple[Tensor, Tensor]:
@@ -266,7 +269,7 @@ def clean_run(
         output = forward(noting(draws=True))
     session.let_go()
     for each in seen.values():
-        each.settle()
+        each.settle(prefix.exposed)
     for name, entry in first_at.items():
         if name not in seen:
             raise UnreachedError(
