@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hooks import STAGES, RunEagerly, Station, Undoable, drop, keys_of
+from .hooks import KEYS, STAGES, RunEagerly, Station, Undoable, drop
 
 
 @contextmanager
@@ -49,11 +49,13 @@ class Observed(Undoable):
                 on_output(module, output)
 
         self._before, self._after = before, after  # not methods, so that a copy of a module has the same hooks
+        self._key = next(KEYS)
 
     def _do(self) -> None:
         for module in self._modules:
-            module.register_forward_pre_hook(self._before, with_kwargs=True)
-            module.register_forward_hook(self._after)
+            module._forward_pre_hooks_with_kwargs[self._key] = True
+            module._forward_pre_hooks[self._key] = self._before
+            module._forward_hooks[self._key] = self._after
         if self._on_tap is not None:
             _tap_observers.append(self._on_tap)
         self._eagerly.__enter__()
@@ -62,7 +64,7 @@ class Observed(Undoable):
         if self._on_tap in _tap_observers:
             _tap_observers.remove(self._on_tap)
         for module in self._modules:
-            drop(module, keys_of(module, lambda hook: hook is self._before or hook is self._after))
+            drop(module, [self._key])
         self._eagerly.__exit__()
 
 

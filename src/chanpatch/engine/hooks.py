@@ -55,7 +55,7 @@ class Station:
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
         self._hooks = 0  # number of forward hooks that this station has put on the module
         self._calls: list[tuple[Any, int]] = []
-        self._keys = next(_KEYS), next(_KEYS)
+        self._keys = next(KEYS), next(KEYS)
         self._before, self._first, self._last = (_Hook(self, each) for each in (self._enter, self._leave, self._finish))
 
     @staticmethod
@@ -247,7 +247,7 @@ class Station:
 
 
 _idle: dict[int, Station] = {}  # stations without hooks, kept for later contexts, by their module's id
-_KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
+KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
 _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 

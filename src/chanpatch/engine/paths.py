@@ -58,7 +58,10 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield path, tree
         return
     for step, child in _children(tree):
-        yield from leaves(child, (*path, step))
+        if isinstance(child, Tensor):
+            yield (*path, step), child
+        else:
+            yield from leaves(child, (*path, step))
 
 
 def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

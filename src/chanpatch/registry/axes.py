@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..engine.paths import Item, Path, leaves
+from ..engine.paths import Item, Path
 
-_Function = TypeVar("_Function", bound=Callable[..., object])
 Names = tuple["str | None", ...]
 
 _SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
@@ -40,11 +39,10 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
     `side` ("in" or "out") and `path` identify the tensor, which has `ndim` axes. `inputs` contains the axis names of
     the module's first input tensor, or is None if the module has no input tensor.
     """
-    torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
-    spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
+    space, is_elementwise = _traits(type(module))
     names: Names | None = None
-    if spatial:
-        names = _spatial_names(module, _SPACE[int(spatial[1] or 2)], ndim, inputs)
+    if space:
+        names = _spatial_names(module, space, ndim, inputs)
     elif isinstance(module, nn.Linear) and ndim:
         same = side == "out" and inputs and len(inputs) == ndim
         names = (*(inputs[:-1] if same and inputs else (None,) * (ndim - 1)), "feature")
@@ -55,8 +53,16 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
     elif isinstance(module, (nn.MultiheadAttention, *_ATTENTION)):
         names = _attention_names(module, side, path, ndim)
     elif side == "out" and inputs is not None:
-        names = _passed_on(module, inputs)
+        names = inputs if is_elementwise else _passed_on(module, inputs)
     return names if names and len(names) == ndim else (None,) * ndim
+
+
+@functools.lru_cache
+def _traits(kind: type[nn.Module]) -> tuple[Names, bool]:
+    """Return the names of a module type's spatial axes, and whether modules of this type are elementwise."""
+    torch_names = (each.__name__ for each in kind.__mro__ if each.__module__.startswith("torch.nn."))
+    spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
+    return _SPACE[int(spatial[1] or 2)] if spatial else (), issubclass(kind, _ELEMENTWISE)
 
 
 def _spatial_names(module: nn.Module, space: Names, ndim: int, inputs: Names | None) -> Names | None:
@@ -90,7 +96,7 @@ def _passed_on(module: nn.Module, inputs: Names) -> Names | None:
     if isinstance(module, nn.Flatten) and inputs:
         start, end = module.start_dim % len(inputs), module.end_dim % len(inputs)
         return (*inputs[:start], "feature", *inputs[end + 1 :])
-    return inputs if isinstance(module, _ELEMENTWISE) else None
+    return None
 
 
 _ARITHMETIC = """add sub rsub radd mul rmul div truediv rtruediv true_divide iadd isub imul itruediv neg pos pow abs
@@ -112,12 +118,13 @@ class NamePropagation(TorchFunctionMode):
 
     def names(self, tensor: Tensor) -> Names:
         """Return the axis names of a tensor, with None for each unknown name."""
-        known, _ = self._named.get(id(tensor), ((), tensor))
+        known, _ = self._named.get(id(tensor), ((), None))
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Set those axis names of a tensor that are still unknown, and keep the known names."""
-        self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
+        if any(names):
+            self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Set all axis names of a tensor, and override any known names."""
@@ -127,18 +134,7 @@ class NamePropagation(TorchFunctionMode):
         """Run `func`. If `func` is elementwise, copy axis names to the result from operands with the result's shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
-            for _, operand in leaves((args, kwargs)):
-                if operand.shape == result.shape and any(self.names(operand)):
+            for operand in (*args, *(kwargs or {}).values()):
+                if isinstance(operand, Tensor) and operand.shape == result.shape:
                     self.learn(result, self.names(operand))
         return result
-
-
-def unwatched(function: _Function) -> _Function:
-    """Decorator that disables NamePropagation, which slows down each access to an attribute of a tensor."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return function(*args)
-
-    return cast("_Function", call)

@@ -241,8 +241,9 @@ def hook_points(
     for name, given, example in (("axes", axes, "{'h.*': 'batch position'}"), ("free", free, "{'position': 1}")):
         if not isinstance(given, (Mapping, type(None))):
             raise TypeError(f"{name}= must be a dict, such as {example}; got {type(given).__name__}.")
-    Tree(model).refuse_unhookable()
-    facts = traced_run(model, method, example_inputs, example_keywords, axes or {}, free or {})
+    tree = Tree(model)
+    tree.refuse_unhookable()
+    facts = traced_run(tree.modules, method, example_inputs, example_keywords, axes or {}, free or {})
     return HookPoints(model, method=method, **facts)
 
 

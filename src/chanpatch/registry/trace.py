@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 
 from ..engine.calls import Observed, left_twice
 from ..engine.inputs import copied_inputs
@@ -18,9 +20,9 @@ from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace,
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..views import View
-from .axes import NamePropagation, Names, axis_names, unwatched
+from .axes import NamePropagation, Names, axis_names
 from .names import alternative, selected, spellings, written_name
-from .sites import HookPoint
+from .sites import Axes, HookPoint
 
 
 class _Fired(NamedTuple):
@@ -38,6 +40,29 @@ _Shapes: TypeAlias = dict[str, tuple[int, ...]]
 _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fired
 
 
+class Tracer:
+    """Runs a method of a model without side effects, and records the tensors at all hook points."""
+
+    def __init__(self, modules: dict[str, nn.Module], method: str) -> None:
+        self.model, self.method, self.modules = modules[""], method, modules
+        self.module_names: dict[nn.Module, list[str]] = {}
+        for name, module in self.modules.items():
+            self.module_names.setdefault(module, []).append(name)
+        self._undisturbed = undisturbed(self.model)
+
+    def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any], **options: Any) -> Trace:
+        """Run the method once on copies of the inputs. `options` are the keyword arguments of the returned Trace."""
+        trace = Trace(self, **options)
+        with self._undisturbed:
+            args, kwargs = copied_inputs(inputs, keywords)
+            trace.set_inputs(args, kwargs)
+            observing = Observed(self.module_names, trace.on_inputs, trace.on_output, trace.on_tap)
+            with trace.known if trace.infers_names else nullcontext(), left_twice(observing):
+                getattr(self.model, self.method)(*args, **kwargs)
+        trace.names = [*map(trace.name, trace.fired)]
+        return trace
+
+
 class Trace:
     """The tensors at all hook points in one run of a model, with axis names.
 
@@ -48,84 +73,91 @@ class Trace:
 
     def __init__(
         self,
-        model: nn.Module,
+        tracer: Tracer,
+        *,
         views: Mapping[_Place, View] = {},
         totals: Mapping[int, Any] = {},
-        *,
         infers_names: bool = True,
     ) -> None:
-        self.model, self.views, self._totals, self._infers_names = model, views, totals, infers_names
+        self.modules, self.module_names = tracer.modules, tracer.module_names
+        self.views, self._totals, self.infers_names = views, totals, infers_names
         self.steady = True  # whether all parameters compared so far are unchanged
         self.fired: list[_Fired] = []
+        self.names: list[str] = []  # names of the hook points in `fired`, known at the end of the run
         self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
-        self.calls: Counter[str] = Counter()
+        self.calls: dict[str, int] = {}
         self.known = NamePropagation()
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.module_names: dict[nn.Module, list[str]] = {}
-        for name, module in self.modules.items():
-            self.module_names.setdefault(module, []).append(name)
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
-
-    def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Trace:
-        """Run a method of the model once on copies of the inputs, without side effects. Return this Trace."""
-        with undisturbed(self.model):
-            args, kwargs = copied_inputs(inputs, keywords)
-            self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
-            for fired in self.inputs:
-                self._rename(fired)
-            observing = Observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap)
-            with self.known if self._infers_names else nullcontext(), left_twice(observing):
-                getattr(self.model, method)(*args, **kwargs)
-        return self
 
     def shapes(self) -> _Shapes:
         """Return a dict that maps each hook point's name to the shape of the tensor at the hook point."""
-        return {self.name(fired): tuple(fired.tensor.shape) for fired in self.fired}
+        return {name: tuple(fired.tensor.shape) for name, fired in self.named()}
+
+    def named(self) -> Iterable[tuple[str, _Fired]]:
+        """Return a pair (name, tensor) for each hook point, in execution order."""
+        return zip(self.names, self.fired, strict=True)
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
         """Return the name of a hook point. If `module` is given, use it as the name of the hook point's module."""
-        call = fired.call if self.calls[fired.module] > 1 else None
+        call = fired.call if self.calls.get(fired.module, 1) > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
         """Return the other names of a hook point. There are other names only if the hook point's module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.modules[fired.module]][1:]
-        return tuple(self.name(fired, other) for other in names)
+        return tuple([self.name(fired, other) for other in names])
 
-    @unwatched
-    def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = self.module_names[module][0]
-        call, self.calls[name] = self.calls[name], self.calls[name] + 1
-        if self._totals and not call:
-            weights = module.parameters(recurse=False)
-            self.steady &= all(self._totals.get(id(each), "new") == _total(each) for each in weights)
-        given = [_Fired(name, "in", tuple(path), call, tensor) for (_, *path), tensor in leaves((args, kwargs))]
-        for fired in given:
-            self._note(fired, module)
-        self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
+    def set_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the tensors in the inputs to the traced method."""
+        self.inputs = [_Fired("", "in", path, 0, tensor) for path, tensor in _arguments(args, kwargs)]
+        for fired in self.inputs:
+            self._rename(fired)
 
-    @unwatched
-    def _on_output(self, module: nn.Module, output: Any) -> None:
-        while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
-            self._stack.pop()
-        _, call, inputs = self._stack.pop()
-        for path, tensor in leaves(output):
-            read_only = in_distribution(output, path)
-            self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
+    def on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the input tensors of a module."""
+        with DisableTorchFunction():
+            name = self.module_names[module][0]
+            call = self._count(name)
+            if self._totals and not call:
+                weights = [each for each in module._parameters.values() if each is not None]
+                self.steady &= all([self._totals.get(id(each), "new") == _total(each) for each in weights])
+            given = [_Fired(name, "in", path, call, tensor) for path, tensor in _arguments(args, kwargs)]
+            for fired in given:
+                self._note(fired, module, None)
+            names = self.known.names(given[0].tensor) if given and self.infers_names else None
+            self._stack.append((module, call, names))
 
-    @unwatched
-    def _on_tap(self, name: str, tensor: Tensor) -> None:
-        self._note(_Fired(name, "tap", (), self.calls[name], tensor))
-        self.calls[name] += 1
+    def on_output(self, module: nn.Module, output: Any) -> None:
+        """Record the output tensors of a module."""
+        with DisableTorchFunction():
+            while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
+                self._stack.pop()
+            _, call, inputs = self._stack.pop()
+            name = self.module_names[module][0]
+            for path, tensor in leaves(output):
+                read_only = in_distribution(output, path)
+                self._note(_Fired(name, "out", path, call, tensor, read_only), module, inputs)
 
-    def _note(self, fired: _Fired, module: nn.Module | None = None, inputs: Names | None = None) -> None:
+    def on_tap(self, name: str, tensor: Tensor) -> None:
+        """Record the tensor at a tap."""
+        with DisableTorchFunction():
+            self._note(_Fired(name, "tap", (), self._count(name), tensor), None, None)
+
+    def _count(self, name: str) -> int:
+        """Count a call to a module or tap. Return the number of earlier calls."""
+        call = self.calls.get(name, 0)
+        self.calls[name] = call + 1
+        return call
+
+    def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
         tensor = fired.tensor
         if tensor.is_nested:
             raise UnsupportedModelError(nested(self.name(fired)))
         self.fired.append(fired)
-        if module is not None and self._infers_names:
+        if module is not None and self.infers_names:
             self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
-        self._rename(fired)
+        if self.views:
+            self._rename(fired)
 
     def _rename(self, fired: _Fired) -> None:
         if (view := self.views.get(fired[:4])) is not None:
@@ -134,8 +166,13 @@ class Trace:
             self.known.rename(fired.tensor, [*split])
 
 
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[tuple[Path, Tensor]]:
+    """Return the tensors among positional and keyword arguments, each with its path."""
+    return itertools.chain(leaves(args), leaves(kwargs)) if kwargs else leaves(args)
+
+
 def traced_run(
-    model: nn.Module,
+    modules: dict[str, nn.Module],
     method: str,
     inputs: tuple[Any, ...],
     keywords: Mapping[str, Any],
@@ -143,30 +180,32 @@ def traced_run(
     free: Mapping[str, int],
 ) -> dict[str, Any]:
     """Trace a model. Return a dict with the arguments `points`, `calls`, `not_called` and `steady` for HookPoints."""
+    model = modules[""]
     if not callable(getattr(model, method, None)):
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
-    _refuse_untraceable(model, (inputs, keywords))
+    _refuse_untraceable(modules, (inputs, keywords))
+    tracer = Tracer(modules, method)
     try:
-        trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})
-        steady = trace.run(method, inputs, keywords).steady
+        trace = tracer.run(inputs, keywords, totals={id(weight): _total(weight) for weight in model.parameters()})
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
             kind = type(model).__name__
             raise TypeError(f"{kind} does not accept NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
+    steady = trace.steady
     if axes:  # run again, so that the given names propagate downstream
-        trace = Trace(model, _views_by_place(trace, axes)).run(method, inputs, keywords)
+        trace = tracer.run(inputs, keywords, views=_views_by_place(trace, axes))
     _refuse_shared_names(trace)
-    proved, shapes = _proved_batches(method, inputs, keywords, trace)
-    grown = _free_axes(trace, method, inputs, keywords, free, shapes) if free else {}
-    sizes = {name: sum(weight.numel() for weight in module.parameters()) for name, module in trace.modules.items()}
+    proved, shapes = _proved_batches(tracer, inputs, keywords, trace)
+    grown = _free_axes(tracer, trace, inputs, keywords, free, shapes) if free else {}
+    sizes = {name: _size(module) for name, module in trace.modules.items()}
     return {
         "points": [
-            _point(trace, fired, sizes.get(fired.module, 0), proved.get(name := trace.name(fired)), grown.get(name, {}))
-            for fired in trace.fired
+            _point(trace, name, fired, sizes.get(fired.module, 0), proved.get(name), grown.get(name, {}))
+            for name, fired in trace.named()
         ],
         "calls": trace.calls,
-        "not_called": [names[0] for names in trace.module_names.values() if names[0] and not trace.calls[names[0]]],
+        "not_called": [names[0] for names in trace.module_names.values() if names[0] and names[0] not in trace.calls],
         "steady": steady,
     }
 
@@ -174,19 +213,19 @@ def traced_run(
 def _total(weight: Tensor) -> Any:
     """Return the sum of a parameter's entries, as a string; return None if the sum cannot be read."""
     # If a forward pass changes the sum, later forward passes must not be stopped early.
-    if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
+    if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:
         return None
-    with suppress(RuntimeError):  # some dtypes do not support sums, and values are unreadable inside vmap
+    try:
         total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
         return str(total.item())  # a string, so that NaN equals NaN
-    return None
+    except RuntimeError:  # some layouts and dtypes do not support sums, and values are unreadable on meta and in vmap
+        return None
 
 
 def _refuse_shared_names(trace: Trace) -> None:
     """Raise HookPointError if two hook points have the same name, or if a tap has the same name as a module."""
-    counts = Counter(map(trace.name, trace.fired))
-    for fired in sorted(trace.fired, key=lambda each: each.side != "tap"):
-        name = trace.name(fired)
+    counts = Counter(trace.names)
+    for name, fired in sorted(trace.named(), key=lambda each: each[1].side != "tap"):
         if fired.side == "tap" and (counts[name] > 1 or fired.module in trace.modules):
             other = "a module" if fired.module in trace.modules else "another hook point"
             raise HookPointError(f"tap('{fired.module}', ...) has the same name as {other}. Rename the tap.")
@@ -201,8 +240,8 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
     """Map each `_Place` whose hook point matches a pattern in `axes` to a View with the pattern's axis names."""
     given: dict[_Place, View] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
-    for fired in (*trace.inputs, *trace.fired):
-        fired_by_name[trace.name(fired)].append(fired)
+    for name, fired in (*((trace.name(each), each) for each in trace.inputs), *trace.named()):
+        fired_by_name[name].append(fired)
     known = {name: spellings(name, fired.module, trace.aliases(fired)) for name, (fired, *_) in fired_by_name.items()}
     for pattern, names in axes.items():
         chosen = [fired for name in selected(pattern, known) for fired in fired_by_name[name]]
@@ -229,7 +268,7 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
     return given
 
 
-def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
+def _proved_batches(tracer: Tracer, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
     """Run the model again with one more row, and return two dicts with the names of hook points as keys.
 
     The first dict contains the index of each hook point's batch axis. Hook points whose batch axis cannot be identified
@@ -251,14 +290,13 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> tu
         for path, tensor, axis in growing:
             if tensor.shape[axis] == rows:
                 grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
-        second = Trace(trace.model, infers_names=False).run(method, *grown)
-        shapes = second.shapes()
+        shapes = tracer.run(*grown, infers_names=False).shapes()
         return _grown_axes(trace, shapes, rows), shapes
     return {}, {}
 
 
 def _free_axes(
-    trace: Trace, method: str, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: _Shapes
+    tracer: Tracer, trace: Trace, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: _Shapes
 ) -> dict[str, dict[int, str]]:
     """Find the axes whose lengths grow when the inputs have one more entry along a free axis of the inputs.
 
@@ -269,14 +307,14 @@ def _free_axes(
     for name, axis in free.items():
         grown = _longer_inputs(trace, name, axis, inputs, keywords)
         try:
-            shapes = Trace(trace.model, infers_names=False).run(method, *grown).shapes()
+            shapes = tracer.run(*grown, infers_names=False).shapes()
         except Exception as fault:
             raise SiteError(
                 f"free={{'{name}': {axis}}}: the model fails if the length of this axis increases by 1. Omit "
                 f"the axis, or fix the cause of this error: {fault}"
             ) from fault
-        for fired in trace.fired:
-            point, before = trace.name(fired), tuple(fired.tensor.shape)
+        for point, fired in trace.named():
+            before = tuple(fired.tensor.shape)
             three = [before, shapes.get(point, before), with_row.get(point, before)]
             if (view := trace.views.get(fired[:4])) is not None:
                 three = [*map(view.split_lengths, three)]
@@ -335,12 +373,12 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
     also changed, or if the axis that grew is named, except "batch" and "channel" (from pooling of rows).
     """
     found = {}
-    for fired in trace.fired:
-        name, before = trace.name(fired), tuple(fired.tensor.shape)
+    for name, fired in trace.named():
+        before = tuple(fired.tensor.shape)
         names, after = trace.known.names(fired.tensor), shapes.get(name, before)
         if (view := trace.views.get(fired[:4])) is not None:
             names, before, after = view.axes, view.split_lengths(before), view.split_lengths(after)
-        changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
+        changed = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
         if "batch" in names and changed and names.index("batch") not in changed:
             return {}  # another axis grew, as in a sequence-first encoder after a Linear
         # If a tensor has only some of the rows, as in a mixture of experts, an extra row does not identify the axis.
@@ -350,29 +388,31 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
     return found
 
 
-def _point(trace: Trace, fired: _Fired, size: int, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
-    """Create a HookPoint for a tensor from a trace. `size` is the number of parameters in the hook point's module.
+def _point(
+    trace: Trace, name: str, fired: _Fired, size: int, batch_axis: int | None, free: Mapping[int, str]
+) -> HookPoint:
+    """Create the HookPoint called `name` for a tensor. `size` is the number of parameters in the hook point's module.
 
     `free` maps the index of each free axis to a name. The name is used only if the axis has no other name.
     """
-    tensor, view = fired.tensor, trace.views.get(fired[:4])
-    names = [*(trace.known.names(tensor) if view is None else view.axes)]
-    lengths = tensor.shape if view is None else view.split_lengths(tensor.shape)
-    for axis, name in free.items():
-        names[axis] = names[axis] or (None if name in names else name)
+    tensor, view = fired.tensor, trace.views.get(fired[:4]) if trace.views else None
+    names = trace.known.names(tensor) if view is None else view.axes
+    lengths: Any = tensor.shape if view is None else view.split_lengths(tensor.shape)
+    if free:
+        names = tuple([a or (None if free.get(n) in names else free.get(n)) for n, a in enumerate(names)])
+        lengths = [None if axis in free else length for axis, length in enumerate(lengths)]
     if batch_axis is not None:
-        names[batch_axis] = "batch"
-    module = None if fired.side == "tap" else trace.modules[fired.module]
-    return HookPoint(
-        name=trace.name(fired),
-        axes=tuple(
-            f"axis{number}" if name is None or name in names[:number] else name for number, name in enumerate(names)
-        ),
-        shape=tuple(None if axis in free else length for axis, length in enumerate(lengths) if axis != batch_axis),
+        names = (*names[:batch_axis], "batch", *names[batch_axis + 1 :])
+        lengths = (*lengths[:batch_axis], *lengths[batch_axis + 1 :])
+    point = object.__new__(HookPoint)
+    vars(point).update(  # the constructor of a frozen dataclass takes four times as long
+        name=name,
+        axes=_numbered(names),
+        shape=tuple(lengths),
         batch_axis=batch_axis,
         dtype=tensor.dtype,
         device=tensor.device,
-        module_type="tap" if module is None else type(module).__name__,
+        module_type="tap" if fired.side == "tap" else type(trace.modules[fired.module]).__name__,
         parameters=size,
         aliases=trace.aliases(fired),
         module=fired.module,
@@ -382,16 +422,30 @@ def _point(trace: Trace, fired: _Fired, size: int, batch_axis: int | None, free:
         read_only=fired.read_only,
         lens=view if view is not None and view.splits else None,
     )
+    return point
 
 
-def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
+@functools.lru_cache
+def _numbered(names: Names) -> Axes:
+    """Replace missing and repeated axis names with `axis0`, `axis1`, ..."""
+    return tuple(f"axis{n}" if name is None or name in names[:n] else name for n, name in enumerate(names))
+
+
+def _size(module: nn.Module) -> int:
+    """Return the number of entries in a module's parameters, including the parameters of submodules."""
+    weights = module.parameters() if module._modules else {*module._parameters.values()} - {None}
+    return sum([weight.numel() for weight in weights])
+
+
+def _refuse_untraceable(modules: Mapping[str, nn.Module], inputs: Any) -> None:
     """Raise an error if the model has lazy parameters, or if the inputs have no rows."""
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise UnsupportedModelError(
-                f"The weight '{name}' is lazy, so its shape is unknown until the first call. Call the model once "
-                "before tracing."
-            )
+    for module_name, module in modules.items():
+        for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if nn.parameter.is_lazy(tensor):
+                raise UnsupportedModelError(
+                    f"The weight '{f'{module_name}.{name}' if module_name else name}' is lazy, so its shape is unknown "
+                    "until the first call. Call the model once before tracing."
+                )
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
         raise BatchAxisError(
