@@ -124,7 +124,8 @@ class NamePropagation(TorchFunctionMode):
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Set those axis names of a tensor that are still unknown, and keep the known names."""
         if any(names):
-            self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
+            known = self.names(tensor)
+            self.rename(tensor, [a or b for a, b in zip(known, names, strict=True)] if any(known) else names)
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Set all axis names of a tensor, and override any known names."""

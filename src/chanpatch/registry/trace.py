@@ -107,6 +107,10 @@ class Trace:
         names = () if fired.side == "tap" else self.module_names[self.modules[fired.module]][1:]
         return tuple([self.name(fired, other) for other in names])
 
+    def view(self, fired: _Fired) -> View | None:
+        """Return the user's axis names at a hook point, or None if the user did not name the axes."""
+        return self.views.get(fired[:4]) if self.views else None
+
     def set_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the tensors in the inputs to the traced method."""
         self.inputs = [_Fired("", "in", path, 0, tensor) for path, tensor in _arguments(args, kwargs)]
@@ -119,12 +123,11 @@ class Trace:
             name = self.module_names[module][0]
             call = self._count(name)
             if self._totals and not call:
-                weights = [each for each in module._parameters.values() if each is not None]
-                self.steady &= all([self._totals.get(id(each), "new") == _total(each) for each in weights])
-            given = [_Fired(name, "in", path, call, tensor) for path, tensor in _arguments(args, kwargs)]
-            for fired in given:
-                self._note(fired, module, None)
-            names = self.known.names(given[0].tensor) if given and self.infers_names else None
+                self.steady &= all([self._totals.get(id(each), "new") == _total(each) for each in _weights(module)])
+            names = None
+            for path, tensor in _arguments(args, kwargs):
+                self._note(_Fired(name, "in", path, call, tensor), module, None)
+                names = self.known.names(tensor) if names is None else names
             self._stack.append((module, call, names))
 
     def on_output(self, module: nn.Module, output: Any) -> None:
@@ -156,11 +159,10 @@ class Trace:
         self.fired.append(fired)
         if module is not None and self.infers_names:
             self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
-        if self.views:
-            self._rename(fired)
+        self._rename(fired)
 
     def _rename(self, fired: _Fired) -> None:
-        if (view := self.views.get(fired[:4])) is not None:
+        if (view := self.view(fired)) is not None:
             names = self.known.names(fired.tensor)
             split = (group[0] if len(group) == 1 else name for group, name in zip(view.groups, names, strict=True))
             self.known.rename(fired.tensor, [*split])
@@ -185,8 +187,9 @@ def traced_run(
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(modules, (inputs, keywords))
     tracer = Tracer(modules, method)
+    totals = {id(weight): _total(weight) for module in tracer.module_names for weight in _weights(module)}
     try:
-        trace = tracer.run(inputs, keywords, totals={id(weight): _total(weight) for weight in model.parameters()})
+        trace = tracer.run(inputs, keywords, totals=totals)
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
             kind = type(model).__name__
@@ -198,7 +201,7 @@ def traced_run(
     _refuse_shared_names(trace)
     proved, shapes = _proved_batches(tracer, inputs, keywords, trace)
     grown = _free_axes(tracer, trace, inputs, keywords, free, shapes) if free else {}
-    sizes = {name: _size(module) for name, module in trace.modules.items()}
+    sizes = _sizes(modules)
     return {
         "points": [
             _point(trace, name, fired, sizes.get(fired.module, 0), proved.get(name), grown.get(name, {}))
@@ -316,7 +319,7 @@ def _free_axes(
         for point, fired in trace.named():
             before = tuple(fired.tensor.shape)
             three = [before, shapes.get(point, before), with_row.get(point, before)]
-            if (view := trace.views.get(fired[:4])) is not None:
+            if (view := trace.view(fired)) is not None:
                 three = [*map(view.split_lengths, three)]
             for number, (length, longer, other) in enumerate(zip(*three, strict=False)):
                 if longer == length + 1 and other == length:
@@ -376,7 +379,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
     for name, fired in trace.named():
         before = tuple(fired.tensor.shape)
         names, after = trace.known.names(fired.tensor), shapes.get(name, before)
-        if (view := trace.views.get(fired[:4])) is not None:
+        if (view := trace.view(fired)) is not None:
             names, before, after = view.axes, view.split_lengths(before), view.split_lengths(after)
         changed = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
         if "batch" in names and changed and names.index("batch") not in changed:
@@ -395,7 +398,7 @@ def _point(
 
     `free` maps the index of each free axis to a name. The name is used only if the axis has no other name.
     """
-    tensor, view = fired.tensor, trace.views.get(fired[:4]) if trace.views else None
+    tensor, view = fired.tensor, trace.view(fired)
     names = trace.known.names(tensor) if view is None else view.axes
     lengths: Any = tensor.shape if view is None else view.split_lengths(tensor.shape)
     if free:
@@ -431,10 +434,18 @@ def _numbered(names: Names) -> Axes:
     return tuple(f"axis{n}" if name is None or name in names[:n] else name for n, name in enumerate(names))
 
 
-def _size(module: nn.Module) -> int:
-    """Return the number of entries in a module's parameters, including the parameters of submodules."""
-    weights = module.parameters() if module._modules else {*module._parameters.values()} - {None}
-    return sum([weight.numel() for weight in weights])
+def _sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the number of entries in each module's parameters, including the parameters of submodules."""
+    sizes = {name: {id(each): each.numel() for each in _weights(module)} for name, module in modules.items()}
+    for name in reversed(sizes):  # submodules before their parents
+        if name:
+            sizes[name.rpartition(".")[0]].update(sizes[name])
+    return {name: sum(each.values()) for name, each in sizes.items()}
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module, without the parameters of submodules."""
+    return [weight for weight in module._parameters.values() if weight is not None]
 
 
 def _refuse_untraceable(modules: Mapping[str, nn.Module], inputs: Any) -> None:
