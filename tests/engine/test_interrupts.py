@@ -24,10 +24,7 @@ from chanpatch.engine.hooks import RunEagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
-OURS = tuple(
-    f"{FOLDER}/{each}"
-    for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/trace.py", "registry/points.py")
-)
+OURS = tuple(f"{FOLDER}/{each}" for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/"))
 HAS_STANCES = hasattr(torch.compiler, "set_stance")  # torch 2.6 and later
 
 

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -58,7 +57,7 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
 
 
 @functools.lru_cache
-def _traits(kind: type[nn.Module]) -> tuple[Names, bool]:
+def _traits(kind: type) -> tuple[Names, bool]:
     """Return the names of a module type's spatial axes, and whether modules of this type are elementwise."""
     torch_names = (each.__name__ for each in kind.__mro__ if each.__module__.startswith("torch.nn."))
     spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)

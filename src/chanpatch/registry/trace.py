@@ -5,172 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._C import DisableTorchFunction
+from torch import nn
 
-from ..engine.calls import Observed, left_twice
-from ..engine.inputs import copied_inputs
-from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace, with_rows
-from ..engine.state import undisturbed
+from ..engine.paths import Attr, Path, leaves, replace, with_rows
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..views import View
-from .axes import NamePropagation, Names, axis_names
-from .names import alternative, selected, spellings, written_name
+from .axes import Names
+from .names import alternative, selected, spellings
+from .runs import Fired, Key, Shapes, Trace, Tracer, total, weights
 from .sites import Axes, HookPoint
-
-
-class _Fired(NamedTuple):
-    """One input or output tensor in a module call, or the tensor passed to a tap."""
-
-    module: str
-    side: Literal["in", "out", "tap"]
-    path: Path
-    call: int
-    tensor: Tensor
-    read_only: bool = False
-
-
-_Shapes: TypeAlias = dict[str, tuple[int, ...]]
-_Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fired
-
-
-class Tracer:
-    """Runs a method of a model without side effects, and records the tensors at all hook points."""
-
-    def __init__(self, modules: dict[str, nn.Module], method: str) -> None:
-        self.model, self.method, self.modules = modules[""], method, modules
-        self.module_names: dict[nn.Module, list[str]] = {}
-        for name, module in self.modules.items():
-            self.module_names.setdefault(module, []).append(name)
-        self._undisturbed = undisturbed(self.model)
-
-    def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any], **options: Any) -> Trace:
-        """Run the method once on copies of the inputs. `options` are the keyword arguments of the returned Trace."""
-        trace = Trace(self, **options)
-        with self._undisturbed:
-            args, kwargs = copied_inputs(inputs, keywords)
-            trace.set_inputs(args, kwargs)
-            observing = Observed(self.module_names, trace.on_inputs, trace.on_output, trace.on_tap)
-            with trace.known if trace.infers_names else nullcontext(), left_twice(observing):
-                getattr(self.model, self.method)(*args, **kwargs)
-        trace.names = [*map(trace.name, trace.fired)]
-        return trace
-
-
-class Trace:
-    """The tensors at all hook points in one run of a model, with axis names.
-
-    `views` maps each `_Place` to a View with axis names from the user, which override inferred names. `totals` maps the
-    id of each parameter to the parameter's sum before the run. During the run, these sums are compared with the current
-    sums, to detect changed parameters. `infers_names` is False if only the shapes are needed.
-    """
-
-    def __init__(
-        self,
-        tracer: Tracer,
-        *,
-        views: Mapping[_Place, View] = {},
-        totals: Mapping[int, Any] = {},
-        infers_names: bool = True,
-    ) -> None:
-        self.modules, self.module_names = tracer.modules, tracer.module_names
-        self.views, self._totals, self.infers_names = views, totals, infers_names
-        self.steady = True  # whether all parameters compared so far are unchanged
-        self.fired: list[_Fired] = []
-        self.names: list[str] = []  # names of the hook points in `fired`, known at the end of the run
-        self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
-        self.calls: dict[str, int] = {}
-        self.known = NamePropagation()
-        self._stack: list[tuple[nn.Module, int, Names | None]] = []
-
-    def shapes(self) -> _Shapes:
-        """Return a dict that maps each hook point's name to the shape of the tensor at the hook point."""
-        return {name: tuple(fired.tensor.shape) for name, fired in self.named()}
-
-    def named(self) -> Iterable[tuple[str, _Fired]]:
-        """Return a pair (name, tensor) for each hook point, in execution order."""
-        return zip(self.names, self.fired, strict=True)
-
-    def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point. If `module` is given, use it as the name of the hook point's module."""
-        call = fired.call if self.calls.get(fired.module, 1) > 1 else None
-        return written_name(fired.module if module is None else module, fired.side, fired.path, call)
-
-    def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point. There are other names only if the hook point's module is shared."""
-        names = () if fired.side == "tap" else self.module_names[self.modules[fired.module]][1:]
-        return tuple([self.name(fired, other) for other in names])
-
-    def view(self, fired: _Fired) -> View | None:
-        """Return the user's axis names at a hook point, or None if the user did not name the axes."""
-        return self.views.get(fired[:4]) if self.views else None
-
-    def set_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the tensors in the inputs to the traced method."""
-        self.inputs = [_Fired("", "in", path, 0, tensor) for path, tensor in _arguments(args, kwargs)]
-        for fired in self.inputs:
-            self._rename(fired)
-
-    def on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the input tensors of a module."""
-        with DisableTorchFunction():
-            name = self.module_names[module][0]
-            call = self._count(name)
-            if self._totals and not call:
-                self.steady &= all([self._totals.get(id(each), "new") == _total(each) for each in _weights(module)])
-            names = None
-            for path, tensor in _arguments(args, kwargs):
-                self._note(_Fired(name, "in", path, call, tensor), module, None)
-                names = self.known.names(tensor) if names is None else names
-            self._stack.append((module, call, names))
-
-    def on_output(self, module: nn.Module, output: Any) -> None:
-        """Record the output tensors of a module."""
-        with DisableTorchFunction():
-            while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
-                self._stack.pop()
-            _, call, inputs = self._stack.pop()
-            name = self.module_names[module][0]
-            for path, tensor in leaves(output):
-                read_only = in_distribution(output, path)
-                self._note(_Fired(name, "out", path, call, tensor, read_only), module, inputs)
-
-    def on_tap(self, name: str, tensor: Tensor) -> None:
-        """Record the tensor at a tap."""
-        with DisableTorchFunction():
-            self._note(_Fired(name, "tap", (), self._count(name), tensor), None, None)
-
-    def _count(self, name: str) -> int:
-        """Count a call to a module or tap. Return the number of earlier calls."""
-        call = self.calls.get(name, 0)
-        self.calls[name] = call + 1
-        return call
-
-    def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
-        tensor = fired.tensor
-        if tensor.is_nested:
-            raise UnsupportedModelError(nested(self.name(fired)))
-        self.fired.append(fired)
-        if module is not None and self.infers_names:
-            self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
-        self._rename(fired)
-
-    def _rename(self, fired: _Fired) -> None:
-        if (view := self.view(fired)) is not None:
-            names = self.known.names(fired.tensor)
-            split = (group[0] if len(group) == 1 else name for group, name in zip(view.groups, names, strict=True))
-            self.known.rename(fired.tensor, [*split])
-
-
-def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[tuple[Path, Tensor]]:
-    """Return the tensors among positional and keyword arguments, each with its path."""
-    return itertools.chain(leaves(args), leaves(kwargs)) if kwargs else leaves(args)
 
 
 def traced_run(
@@ -187,7 +36,7 @@ def traced_run(
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(modules, (inputs, keywords))
     tracer = Tracer(modules, method)
-    totals = {id(weight): _total(weight) for module in tracer.module_names for weight in _weights(module)}
+    totals = {id(weight): total(weight) for module in tracer.module_names for weight in weights(module)}
     try:
         trace = tracer.run(inputs, keywords, totals=totals)
     except TypeError as fault:
@@ -213,18 +62,6 @@ def traced_run(
     }
 
 
-def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter's entries, as a string; return None if the sum cannot be read."""
-    # If a forward pass changes the sum, later forward passes must not be stopped early.
-    if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:
-        return None
-    try:
-        total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
-        return str(total.item())  # a string, so that NaN equals NaN
-    except RuntimeError:  # some layouts and dtypes do not support sums, and values are unreadable on meta and in vmap
-        return None
-
-
 def _refuse_shared_names(trace: Trace) -> None:
     """Raise HookPointError if two hook points have the same name, or if a tap has the same name as a module."""
     counts = Counter(trace.names)
@@ -239,10 +76,10 @@ def _refuse_shared_names(trace: Trace) -> None:
             )
 
 
-def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[_Place, View]:
-    """Map each `_Place` whose hook point matches a pattern in `axes` to a View with the pattern's axis names."""
-    given: dict[_Place, View] = {}
-    fired_by_name = defaultdict[str, list[_Fired]](list)
+def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[Key, View]:
+    """Map each `Key` whose hook point matches a pattern in `axes` to a View with the pattern's axis names."""
+    given: dict[Key, View] = {}
+    fired_by_name = defaultdict[str, list[Fired]](list)
     for name, fired in (*((trace.name(each), each) for each in trace.inputs), *trace.named()):
         fired_by_name[name].append(fired)
     known = {name: spellings(name, fired.module, trace.aliases(fired)) for name, (fired, *_) in fired_by_name.items()}
@@ -271,7 +108,7 @@ def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]
     return given
 
 
-def _proved_batches(tracer: Tracer, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], _Shapes]:
+def _proved_batches(tracer: Tracer, inputs: Any, keywords: Any, trace: Trace) -> tuple[dict[str, int], Shapes]:
     """Run the model again with one more row, and return two dicts with the names of hook points as keys.
 
     The first dict contains the index of each hook point's batch axis. Hook points whose batch axis cannot be identified
@@ -299,7 +136,7 @@ def _proved_batches(tracer: Tracer, inputs: Any, keywords: Any, trace: Trace) ->
 
 
 def _free_axes(
-    tracer: Tracer, trace: Trace, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: _Shapes
+    tracer: Tracer, trace: Trace, inputs: Any, keywords: Any, free: Mapping[str, int], with_row: Shapes
 ) -> dict[str, dict[int, str]]:
     """Find the axes whose lengths grow when the inputs have one more entry along a free axis of the inputs.
 
@@ -392,7 +229,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) 
 
 
 def _point(
-    trace: Trace, name: str, fired: _Fired, size: int, batch_axis: int | None, free: Mapping[int, str]
+    trace: Trace, name: str, fired: Fired, size: int, batch_axis: int | None, free: Mapping[int, str]
 ) -> HookPoint:
     """Create the HookPoint called `name` for a tensor. `size` is the number of parameters in the hook point's module.
 
@@ -436,23 +273,18 @@ def _numbered(names: Names) -> Axes:
 
 def _sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return the number of entries in each module's parameters, including the parameters of submodules."""
-    sizes = {name: {id(each): each.numel() for each in _weights(module)} for name, module in modules.items()}
+    sizes = {name: {id(each): each.numel() for each in weights(module)} for name, module in modules.items()}
     for name in reversed(sizes):  # submodules before their parents
         if name:
             sizes[name.rpartition(".")[0]].update(sizes[name])
     return {name: sum(each.values()) for name, each in sizes.items()}
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a module, without the parameters of submodules."""
-    return [weight for weight in module._parameters.values() if weight is not None]
-
-
 def _refuse_untraceable(modules: Mapping[str, nn.Module], inputs: Any) -> None:
     """Raise an error if the model has lazy parameters, or if the inputs have no rows."""
     for module_name, module in modules.items():
         for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if nn.parameter.is_lazy(tensor):
+            if tensor is not None and nn.parameter.is_lazy(tensor):
                 raise UnsupportedModelError(
                     f"The weight '{f'{module_name}.{name}' if module_name else name}' is lazy, so its shape is unknown "
                     "until the first call. Call the model once before tracing."
