@@ -24,7 +24,10 @@ from chanpatch.engine.hooks import RunEagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
-OURS = tuple(f"{FOLDER}/{each}" for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/"))
+OURS = tuple(
+    f"{FOLDER}/{each}"
+    for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/runs.py", "registry/points.py")
+)
 HAS_STANCES = hasattr(torch.compiler, "set_stance")  # torch 2.6 and later
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -38,7 +38,7 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
     `side` ("in" or "out") and `path` identify the tensor, which has `ndim` axes. `inputs` contains the axis names of
     the module's first input tensor, or is None if the module has no input tensor.
     """
-    space, is_elementwise = _traits(type(module))
+    space, is_elementwise = _traits(cast("Any", type(module)))
     names: Names | None = None
     if space:
         names = _spatial_names(module, space, ndim, inputs)
