@@ -349,21 +349,21 @@ class SharedState:
         self._shared = found
         self._snapshot = Snapshot((), [dict(enumerate(found.values()))])
 
-    def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
-        """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
+    def checked(self, subject: str, run: Callable[[], Rollout], again: Callable[[], Rollout]) -> Rollout:
+        """Return the rollout from `run`. If `run` changed shared state, check that `again` gives an equal rollout.
 
         `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
         is text that the error message adds after "the episodes", such as "of the sweep".
         """
         self._snapshot.note()
-        rollouts = run()
+        rollout = run()
         iterators = [each for each in self._shared.values() if isinstance(each, Iterator)]
         if not (changed := [*self._snapshot.rewritten(), *iterators]):
-            return rollouts
+            return rollout
         self._snapshot.note()
         repeated = again()
         self._snapshot.put_back()
-        if not all(map(_equal, rollouts, repeated)):
+        if not _equal(rollout, repeated):
             kind = type(changed[0]).__name__
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
@@ -371,7 +371,7 @@ class SharedState:
                 f"{kind} that changes during the episodes. Create a separate function with its own {kind} for each "
                 "of them. Alternatively, store the state in an object's attributes, which a rollout restores."
             )
-        return rollouts
+        return rollout
 
 
 def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:
