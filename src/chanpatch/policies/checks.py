@@ -107,7 +107,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 def _masking(policy: Any) -> str:
     """Return the class name of the first module in the policy that expects action masks, or "" if no module does."""
-    for module in (module for held in held_modules(policy) for module in held.modules()):
+    for module in held_modules(policy).modules():
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
             if callable(own) and "action_masks" in inspect.signature(own).parameters:
@@ -138,7 +138,7 @@ def check_modes(policies: Mapping[str, Any]) -> None:
     The modes in the first policy are compared with the modes in each other policy. The modes in each twin are compared
     with the modes in the twin's original policy.
     """
-    held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
+    held = {f"'{label}'": held_modules(policy) for label, policy in policies.items()}
     first, *others = held.items()
     for label, modules in others:
         _check_same_modes(*first, label, modules)
@@ -275,16 +275,8 @@ def check_repeats(
     """Raise RolloutError if a policy's first decision changes when the decision is repeated from the same state.
 
     No error is raised if the policy draws from random generators that a rollout restores. Containers and ledgers are
-    restored after the repeated forward pass.
-
-    Args:
-        logs: Result of a call to `noted_logs` before the first step.
-        run: Open `undisturbed` context that saved the policy's state before the first step.
-        again: Second `undisturbed` context, not open yet. The check runs inside this context, so that the policy's
-            state after the first step is restored when the check is done.
-        decision: Decision in the first step.
-        repeat: Function that runs the policy again on the same rows, and returns the new decision.
-        mixed: Unused. Accepted so that this function can be called like `check_rows`.
+    restored after the repeated forward pass. `logs` is the result of a call to `noted_logs` before the first step. The
+    other arguments are the same as for `check_rows`; `repeat` runs the policy on all rows, and `mixed` is not used.
     """
     before, after = logs
     after.note()

@@ -28,7 +28,7 @@ from .checks import check_repeats, check_rows, checked_policy, noted_logs, refus
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, allowed_actions, check_outputs, decision_in, method_of, output_of
-from .log import Log, Options, rows_of_observations
+from .log import Log, Options, mapped, rows_of_observations
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state
 
@@ -259,11 +259,7 @@ class _Player:
         """Convert an array, or dicts and tuples that contain arrays, to tensors in the same structure."""
         if is_sb3_policy(self._owner):
             return to_tensors(self._owner, observations)
-        if isinstance(observations, Mapping):
-            return {name: self._tensors(part) for name, part in observations.items()}
-        if isinstance(observations, tuple):
-            return tuple(map(self._tensors, observations))
-        return self._placed(torch.as_tensor(observations))
+        return mapped(lambda array: self._placed(torch.as_tensor(array)), observations)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the policy's device. Convert a floating-point tensor to the policy's dtype."""

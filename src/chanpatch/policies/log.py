@@ -201,10 +201,15 @@ def _stacked(values: list[Any]) -> Any:
     return found
 
 
+def mapped(function: Callable[[Any], Any], observations: Any) -> Any:
+    """Apply a function to each array in observations, which may be nested in dicts and tuples."""
+    if isinstance(observations, Mapping):
+        return {name: mapped(function, part) for name, part in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(mapped(function, part) for part in observations)
+    return function(observations)
+
+
 def rows_of_observations(observations: Any, rows: Any) -> Any:
     """Select the given rows from observations, which may be nested in dicts and tuples."""
-    if isinstance(observations, Mapping):
-        return {name: rows_of_observations(part, rows) for name, part in observations.items()}
-    if isinstance(observations, tuple):
-        return tuple(rows_of_observations(part, rows) for part in observations)
-    return observations[rows]
+    return mapped(lambda array: array[rows], observations)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from ..errors import RolloutError
+from ..errors import RolloutError, counted
 from ..plots import survival
 from ..results import ROWS, Effects, Records, columns, interval_notes, largest_first, shown_effect
 from ..statistics.flips import ranked_interval
@@ -280,10 +280,14 @@ def _check_parts(one: Rollout, other: Rollout) -> None:
             f"Both results contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
             "are not independent. Play all episodes that share a seed in one call."
         )
-    for name, value in {**one.settings, "keep": [*one.kept]}.items():
-        found = {**other.settings, "keep": [*other.kept]}[name]
-        if found != value:
-            raise RolloutError(f"The results cannot be joined because {name} differs: {value} vs. {found}.")
+    settings, others = ({**each.settings, "keep": [*each.kept]} for each in (one, other))
+    _check_settings(settings, others, "The results cannot be joined")
+
+
+def _check_settings(settings: Mapping[str, Any], others: Mapping[str, Any], consequence: str) -> None:
+    for name, value in settings.items():
+        if others[name] != value:
+            raise RolloutError(f"{consequence} because {name} differs: {value} vs. {others[name]}.")
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
@@ -293,11 +297,7 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
     """
     if first.seeds != other.seeds:
         raise RolloutError(f"{names} cannot be compared because their rollouts used different seeds.")
-    for name, value in first.settings.items():
-        if other.settings[name] != value:
-            raise RolloutError(
-                f"{names} cannot be compared because {name} differs: {value} vs. {other.settings[name]}."
-            )
+    _check_settings(first.settings, other.settings, f"{names} cannot be compared")
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]
@@ -378,8 +378,7 @@ class SweptRollouts(PairedRollouts):
         ]
 
     def _title(self) -> str:
-        patches = f"{len(self.labels)} patch{'es' * (len(self.labels) != 1)}"
-        return f"{patches}, mean return over the same {self._episodes}"
+        return f"{counted(len(self.labels), 'patch')}, mean return over the same {self._episodes}"
 
     def _notes(self) -> list[str]:
         notes = super()._notes()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
-from ..errors import ChanpatchError, InterventionError, in_one
+from ..errors import ChanpatchError, InterventionError, counted, in_one
 from ..patching.contexts import checked_patches
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, traced
@@ -61,8 +61,7 @@ class Contents(Records):
         return printable(super().__repr__())
 
     def _title(self) -> str:
-        count = f"{len(self.patches)} patch{'es' if len(self.patches) != 1 else ''}"
-        return f"{count}, saved by chanpatch {self.chanpatch}"
+        return f"{counted(len(self.patches), 'patch')}, saved by chanpatch {self.chanpatch}"
 
     def _notes(self) -> list[str]:
         checksum = f"Checksum: {self.checksum}"
