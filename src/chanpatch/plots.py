@@ -325,9 +325,8 @@ def _new_axes(width: float, height: float) -> Axes:
 def _color_scale(values: NDArray[np.float64]) -> tuple[float, dict[str, Any]]:
     """Return the largest absolute value (1 if all values are 0), and the colors for `imshow`, with 0 as white."""
     top = float(np.abs(values).max()) or 1.0
-    if (values < 0).any():
-        return top, {"cmap": "RdBu_r", "vmin": -top, "vmax": top}
-    return top, {"cmap": "Reds", "vmin": 0.0, "vmax": top}
+    signed = bool((values < 0).any())
+    return top, {"cmap": "RdBu_r" if signed else "Reds", "vmin": -top if signed else 0.0, "vmax": top}
 
 
 def _spread(count: int, width: float) -> NDArray[np.float64]:
