@@ -23,9 +23,7 @@ from .patching.patch import Mask
 from .patching.recording import Recorder, Reduce, reduced_axes
 from .registry.points import HookPoints
 from .registry.sites import HookPoint, Site
-from .statistics.interval import whole
-
-Floats = NDArray[np.float64]
+from .statistics.interval import Floats, whole
 
 ROUNDING = 1e-6  # relative difference to expect between two runs in single precision
 
@@ -101,13 +99,17 @@ def pair_count(clean: Any, corrupted: Any) -> int:
     return count
 
 
-def check_leaves_channels(site: Site, reduce: Reduce) -> None:
-    """Raise SiteError unless a bound site and a reduction leave every input and at most one axis besides the batch."""
+def _refuse_rows(site: Site, error: type[ChanpatchError]) -> None:
     if "batch" in dict(site.indices):
-        raise SiteError(
+        raise error(
             f"{site!r} selects rows of the batch, but every input is used. Omit batch= from the site, and pass only "
             "the inputs to use."
         )
+
+
+def check_leaves_channels(site: Site, reduce: Reduce) -> None:
+    """Raise SiteError unless a bound site and a reduction leave every input and at most one axis besides the batch."""
+    _refuse_rows(site, SiteError)
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
@@ -122,11 +124,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
     `what` is the plural noun, such as `"Controls"`, that error messages use for the caller's results.
     """
     point = point_at(site)
-    if "batch" in dict(site.indices):
-        raise error(
-            f"{site!r} selects rows of the batch. {what} use every row: omit batch= from the site, and pass only the "
-            "inputs to use."
-        )
+    _refuse_rows(site, error)
     kept = reduced_axes(site, point.axes, "sum")
     channels = [axis for axis in kept if axis != "batch"]
     if point.batch_axis is None or "batch" not in kept or len(channels) != 1:

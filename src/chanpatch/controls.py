@@ -16,17 +16,17 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .channels import ROUNDING, Collector, Floats, channel_axis, point_at
+from .channels import ROUNDING, Collector, channel_axis, point_at
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
 from .patching.cache import ActivationCache
-from .patching.contexts import patched
+from .patching.contexts import checked_patches, patched
 from .patching.patch import Patch
 from .registry.points import HookPoints, site_of, sites_of, traced
 from .registry.sites import HookPoint, Site
 from .results import Records, columns, largest_first
-from .statistics.interval import whole
+from .statistics.interval import Floats, whole
 from .statistics.ranking import Alternative, Rank, rank_among, without_p
 
 __all__ = [
@@ -351,7 +351,7 @@ def off_distribution(
         array([1.])
     """
     points = traced(points_or_model, inputs)
-    if not (chosen := (patches,) if isinstance(patches, Patch) else tuple(patches)):
+    if not (chosen := checked_patches(points, patches)):
         raise StatisticsError("The argument patches= is empty. Pass at least one patch.")
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))

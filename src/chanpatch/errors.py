@@ -107,8 +107,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a count and its noun, such as `"1 input"` or `"3 inputs"`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """Return a count and its noun, such as `"1 input"`, `"3 inputs"` or `"2 patches"`."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{plural * (count != 1)}"
 
 
 def in_one(faults: Sequence[object]) -> str:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .errors import StatisticsError
+from .errors import StatisticsError, counted
 from .results import ROWS, imported, largest_first, one_line, shown_p
 from .statistics.interval import finite, numbered
 from .statistics.proportions import PairedCounts
@@ -132,17 +132,16 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
     texts = [one_line(each["label"] if "label" in each else each["site"]) for each in drawn]
     ax.set_yticks(places, texts, parse_math=False)
     ax.set(ylim=(places[-1] + 0.7, -0.7), xlabel=textwrap.fill(label, 60))
-    title = [_counted(*each) for each in zip(("effects", "controls"), groups, shown, strict=True) if each[1]]
+    title = [_counted(*each) for each in zip(("effect", "control"), groups, shown, strict=True) if each[1]]
     few = " (few inputs)" * any(each.get("note") == "few" for each in drawn)
     title += [f"lines: 95% intervals{few}"] if any(map(_is_bounded, drawn)) else []
     ax.set_title("; ".join(title), loc="left", fontsize="medium")
     return ax
 
 
-def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
-    if hidden := len(group) - len(shown):
-        return f"{len(shown)} of {len(group)} {name}, {hidden} hidden"
-    return f"{len(shown)} {name.removesuffix('s') if len(shown) == 1 else name}"
+def _counted(noun: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
+    every, hidden = counted(len(group), noun), len(group) - len(shown)
+    return f"{len(shown)} of {every}, {hidden} hidden" if hidden else every
 
 
 def heat_map(
@@ -160,13 +159,12 @@ def heat_map(
             f"values must have one row per row label and one column per column label; got shape {effects.shape}, "
             f"{len(rows)} row labels and {len(cols)} column labels."
         )
-    if not np.isfinite(effects).any():
+    missing = ~np.isfinite(effects)
+    if missing.all():
         raise StatisticsError(f"No effect is finite (number of effects: {effects.size}), so there is nothing to plot.")
     ax = ax or _new_axes(min(2.5 + 0.32 * len(cols), 11), min(1.8 + 0.28 * len(rows), 9))
-    top = float(np.abs(effects[np.isfinite(effects)]).max()) or 1.0
-    signed = bool((effects[np.isfinite(effects)] < 0).any())
-    shown = ax.imshow(effects, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0, vmax=top, aspect="auto")
-    missing = ~np.isfinite(effects)
+    top, colors = _color_scale(effects[~missing])
+    shown = ax.imshow(effects, aspect="auto", **colors)
     strong, negative = (effects < -0.6 * top) & ~missing, (effects <= -top / 10) & ~missing
     for marked, marker, color in ((negative & ~strong, "_", "black"), (strong, "_", "white"), (missing, "x", "0.5")):
         at = np.argwhere(marked)
@@ -302,11 +300,9 @@ def channel_map(observation: Tensor | NDArray[Any], activation: Tensor, ax: Axes
     height, width = gray.shape
     rows, cols = (np.arange(length) * cell // length for length, cell in zip(gray.shape, cells.shape, strict=True))
     upsampled = cells[np.ix_(rows, cols)]
-    top = float(np.abs(cells).max()) or 1.0
-    signed = bool((cells < 0).any())
+    top, colors = _color_scale(cells)
     ax.imshow(gray, cmap="gray", vmin=-1.5, vmax=1.0)
-    shown = ax.imshow(upsampled, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0.0, vmax=top,
-                      alpha=0.75 * np.abs(upsampled) / top)  # fmt: skip
+    shown = ax.imshow(upsampled, alpha=0.75 * np.abs(upsampled) / top, **colors)
     framed = np.pad(upsampled, 1)  # close the contours at the edges
     lines = []
     for sign, style, side in ((1, "solid", "above"), (-1, "dashed", "below")):
@@ -324,6 +320,13 @@ def channel_map(observation: Tensor | NDArray[Any], activation: Tensor, ax: Axes
 def _new_axes(width: float, height: float) -> Axes:
     axes: Axes = imported("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")[1]
     return axes
+
+
+def _color_scale(values: NDArray[np.float64]) -> tuple[float, dict[str, Any]]:
+    """Return the largest absolute value (1 if all values are 0), and the colors for `imshow`, with 0 as white."""
+    top = float(np.abs(values).max()) or 1.0
+    signed = bool((values < 0).any())
+    return top, {"cmap": "RdBu_r" if signed else "Reds", "vmin": -top if signed else 0.0, "vmax": top}
 
 
 def _spread(count: int, width: float) -> NDArray[np.float64]:

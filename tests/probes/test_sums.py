@@ -181,7 +181,7 @@ def test_an_input_that_the_trace_shows_to_have_no_batch_is_not_cut_where_it_is_a
 
 def test_a_site_that_names_rows_is_refused_since_each_batch_has_rows_of_its_own(plain_cnn):
     points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
-    with pytest.raises(errors.ProbeError, match="selects rows.*omit batch="):
+    with pytest.raises(errors.ProbeError, match="selects rows.*Omit batch="):
         channel_sums(points, *plain_cnn.inputs(6), points.site("relu1", batch=[0, 2]))
 
 
@@ -212,7 +212,7 @@ REFUSED = {
     ),
     "rows of the batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), plain().site("relu1", batch=0)),
-        "Site('relu1', batch=0) selects rows of the batch. Channel sums use every row: omit batch= from the site, and "
+        "Site('relu1', batch=0) selects rows of the batch, but every input is used. Omit batch= from the site, and "
         "pass only the inputs to use.",
     ),
     "a site without channels": (

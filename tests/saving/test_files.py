@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -62,8 +61,8 @@ def traced(model: Model, rows: int = 4) -> tuple[HookPoints, tuple[Any, ...]]:
 
 
 def written(file: Path, metadata: Any, tensors: dict[str, Tensor] | None = None) -> Path:
-    """Write a file by hand, with a checksum if its format has one."""
-    if isinstance(metadata, dict) and metadata["format"] in (2, 3) and "sha256" not in metadata:
+    """Write a file by hand, with a checksum."""
+    if isinstance(metadata, dict) and "sha256" not in metadata:
         metadata = metadata | {"sha256": checksum(metadata, tensors or {})}
     save_file(tensors or {}, file, {"chanpatch": metadata if isinstance(metadata, str) else json.dumps(metadata)})
     return file
@@ -623,15 +622,21 @@ DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy the 
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
         record() | {"format": 4},
-        f"has format 4, but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
+        f"has format 4, but chanpatch {VERSION} reads formats 2 and 3. Use the version of chanpatch that saved the "
+        "file.",
     ),
     "a format that is true": (
         record() | {"format": True},
-        f"has format True, but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
+        f"has format True, but chanpatch {VERSION} reads formats 2 and 3. Use the version of chanpatch that saved the "
+        "file.",
     ),
     "no checksum": (record() | {"sha256": None}, DAMAGED),
     "another checksum": (record() | {"sha256": "0" * 64}, DAMAGED),
-    "a format before checksums, with one": (record() | {"format": 1, "sha256": "0" * 64}, DAMAGED),
+    "a format before checksums": (
+        record() | {"format": 1},
+        f"has format 1, but chanpatch {VERSION} reads formats 2 and 3. Use the version of chanpatch that saved the "
+        "file.",
+    ),
     "a name of another function": (
         record(edit="os.system", operands={"command": "mkdir ran"}),
         "contains a patch with the edit 'os.system', but this version of chanpatch supports only Set, Add, Scale, "
@@ -647,7 +652,8 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a format that is no number": (
         record() | {"format": "1"},
-        f"has format '1', but chanpatch {VERSION} reads formats 1 to 3. Use a newer version of chanpatch.",
+        f"has format '1', but chanpatch {VERSION} reads formats 2 and 3. Use the version of chanpatch that saved the "
+        "file.",
     ),
     "no patches": ({"format": 3}, NOT_OURS + "KeyError: 'patches'"),
     "an edit that is a list": (
@@ -794,81 +800,6 @@ def test_a_batch_of_another_length_fits(file: Path) -> None:
     points, _ = traced(build("plain_cnn"))
     save(file, zero_ablate(points.site("relu1")))
     assert len(load(file, traced(build("plain_cnn"), rows=7)[0])) == 1
-
-
-# Files of the previous format
-
-
-def of_format_1() -> tuple[HookPoints, Tensor]:
-    """Return the model and the images of `format_1.safetensors`. Their whole numbers give exact sums everywhere.
-
-    The file was written by the code at commit fbff0ad: `chanpatch.save(file, patches, points, inputs=images)`.
-    """
-    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.arange(weight.numel()).view_as(weight) % 7 - 3)
-    images = (torch.arange(18.0) % 5 - 2).view(2, 1, 3, 3)
-    return hook_points(model, images), images
-
-
-FORMAT_1 = Path(__file__).with_name("format_1.safetensors")
-
-
-def test_a_file_of_format_1_loads_with_points_and_repeats() -> None:
-    points, images = of_format_1()
-    steered, shifted, masked, zeroed = load(FORMAT_1, points)
-    assert [str(patch.site) for patch in (steered, shifted, masked, zeroed)] == [
-        "Site('0')", "Site('1')", "Site('3', feature=1)", "Site('3', feature=[0, 2])",
-    ]  # fmt: skip
-    vector = steered.edit.vector
-    assert vector.shape == (1, 3, 2, 2) and vector.stride() == (3, 1, 0, 0) and steered.edit.coefficient == 0.5
-    assert vector[0, :, 1, 1].tolist() == [1.0, -2.0, 4.0]
-    assert torch.equal(shifted.edit.vector, torch.arange(12.0).view(1, 3, 2, 2))
-    assert shifted.edit.vector.is_contiguous(memory_format=torch.channels_last)
-    assert masked.where.tolist() == [[True], [False]] and zeroed.edit.value == 0.0 and zeroed.where is None
-    assert verify(FORMAT_1, points, images) == contents(FORMAT_1).receipt
-    assert contents(FORMAT_1).hook_points == (
-        "Conv2d (batch, channel=3, row=2, col=2) float32",
-        "ReLU (batch, channel=3, row=2, col=2) float32",
-        "Linear (batch, feature=4) float32",
-        "Linear (batch, feature=4) float32",
-    )
-
-
-def test_a_file_of_format_1_loads_in_silence_and_its_contents_say_that_it_has_no_checksum() -> None:
-    with warnings.catch_warnings(record=True) as warned:
-        load(FORMAT_1)
-    assert not warned and contents(FORMAT_1).checksum is None
-    assert repr(contents(FORMAT_1)).splitlines()[6:8] == [
-        "No checksum in format 1: corrupted numbers would go unnoticed. Compare the file with a copy.",
-        "Receipt:",
-    ]
-
-
-def test_a_file_of_format_1_is_compared_with_the_model_like_any_other() -> None:
-    points, images = of_format_1()
-    points.model[1] = nn.GELU()
-    assert refused(InterventionError, lambda: load(FORMAT_1, hook_points(points.model, images))) == (
-        f"'{FORMAT_1}' does not match this model. Hook point '1' is GELU (batch, channel=3, row=2, col=2) float32 in "
-        "this model, but ReLU (batch, channel=3, row=2, col=2) float32 in the file.\n"
-        "To load the patches without checks, call load(file) without points."
-    )
-
-
-@pytest.mark.parametrize(
-    ("axes", "shape", "text"),
-    [
-        (["position", "batch", "feature"], [5, 8], "LSTM (position=5, batch, feature=8) float32"),
-        (["axis0", "axis1"], [5, 8], "LSTM (axis0=5, axis1=8) float32"),
-    ],
-)
-def test_the_batch_of_a_hook_point_of_format_1_is_found_by_its_name(
-    axes: list[str], shape: list[int], text: str, file: Path
-) -> None:
-    point = {"axes": axes, "shape": shape, "dtype": "float32", "module_type": "LSTM"}
-    written(file, record(hook_point=point) | {"format": 1})
-    assert contents(file).hook_points == (text,)
 
 
 # Repeated bit for bit

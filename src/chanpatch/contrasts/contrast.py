@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..channels import Collector, Floats, check_leaves_channels, pair_count, point_at, rounding
+from ..channels import Collector, check_leaves_channels, pair_count, point_at, rounding
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ContrastError, EditError, SiteError
@@ -21,7 +21,7 @@ from ..patching.recording import Reduce, reduced_axes
 from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
 from ..statistics.flips import max_t_test
-from ..statistics.interval import FEWEST
+from ..statistics.interval import FEWEST, Floats
 from ..statistics.means import cluster_numbers, snapped
 from .result import Contrast
 

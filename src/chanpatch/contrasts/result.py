@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..channels import Collector, Floats
+from ..channels import Collector
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.patch import Mask
@@ -19,6 +19,7 @@ from ..patching.verbs import check_selected, mean_pattern
 from ..registry.points import HookPoints, site_of
 from ..registry.sites import Site
 from ..results import Effects, columns, interval_notes, shown_effect, shown_p
+from ..statistics.interval import Floats
 
 
 @dataclass(frozen=True, repr=False, eq=False)

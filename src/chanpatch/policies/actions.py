@@ -20,7 +20,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ..errors import DistributionError, RolloutError
+from ..errors import DistributionError, RolloutError, counted
 from ..results import imported
 from ..statistics.interval import whole
 from .decisions import Decision
@@ -178,7 +178,7 @@ def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Nor
         fits = has >= space.nvec.max() and (actions < space.nvec).all()
     else:
         fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
-    return "" if fits else f"has {has} action{'s' * (has != 1)}"
+    return "" if fits else f"has {counted(has, 'action')}"
 
 
 def _mode(distribution: Categorical | Bernoulli | Normal) -> Tensor:

@@ -107,7 +107,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 def _masking(policy: Any) -> str:
     """Return the class name of the first module in the policy that expects action masks, or "" if no module does."""
-    for module in (module for held in held_modules(policy) for module in held.modules()):
+    for module in held_modules(policy).modules():
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
             if callable(own) and "action_masks" in inspect.signature(own).parameters:
@@ -138,7 +138,7 @@ def check_modes(policies: Mapping[str, Any]) -> None:
     The modes in the first policy are compared with the modes in each other policy. The modes in each twin are compared
     with the modes in the twin's original policy.
     """
-    held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
+    held = {f"'{label}'": held_modules(policy) for label, policy in policies.items()}
     first, *others = held.items()
     for label, modules in others:
         _check_same_modes(*first, label, modules)
@@ -275,16 +275,8 @@ def check_repeats(
     """Raise RolloutError if a policy's first decision changes when the decision is repeated from the same state.
 
     No error is raised if the policy draws from random generators that a rollout restores. Containers and ledgers are
-    restored after the repeated forward pass.
-
-    Args:
-        logs: Result of a call to `noted_logs` before the first step.
-        run: Open `undisturbed` context that saved the policy's state before the first step.
-        again: Second `undisturbed` context, not open yet. The check runs inside this context, so that the policy's
-            state after the first step is restored when the check is done.
-        decision: Decision in the first step.
-        repeat: Function that runs the policy again on the same rows, and returns the new decision.
-        mixed: Unused. Accepted so that this function can be called like `check_rows`.
+    restored after the repeated forward pass. `logs` is the result of a call to `noted_logs` before the first step. The
+    other arguments are the same as for `check_rows`; `repeat` runs the policy on all rows, and `mixed` is not used.
     """
     before, after = logs
     after.note()
@@ -349,21 +341,21 @@ class SharedState:
         self._shared = found
         self._snapshot = Snapshot((), [dict(enumerate(found.values()))])
 
-    def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
-        """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
+    def checked(self, subject: str, run: Callable[[], Rollout], again: Callable[[], Rollout]) -> Rollout:
+        """Return the rollout from `run`. If `run` changed shared state, check that `again` gives an equal rollout.
 
         `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
         is text that the error message adds after "the episodes", such as "of the sweep".
         """
         self._snapshot.note()
-        rollouts = run()
+        rollout = run()
         iterators = [each for each in self._shared.values() if isinstance(each, Iterator)]
         if not (changed := [*self._snapshot.rewritten(), *iterators]):
-            return rollouts
+            return rollout
         self._snapshot.note()
         repeated = again()
         self._snapshot.put_back()
-        if not all(map(_equal, rollouts, repeated)):
+        if not _equal(rollout, repeated):
             kind = type(changed[0]).__name__
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
@@ -371,7 +363,7 @@ class SharedState:
                 f"{kind} that changes during the episodes. Create a separate function with its own {kind} for each "
                 "of them. Alternatively, store the state in an object's attributes, which a rollout restores."
             )
-        return rollouts
+        return rollout
 
 
 def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:

@@ -130,9 +130,9 @@ def _is_observer(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == Observed.__module__
 
 
-def held_modules(policy: Any) -> list[nn.Module]:
+def held_modules(policy: Any) -> nn.ModuleList:
     """Return the modules that a policy uses, including the policy itself if it is a module. Omit their submodules."""
-    return [item for item in used_by(policy) if isinstance(item, nn.Module)]
+    return nn.ModuleList(item for item in used_by(policy) if isinstance(item, nn.Module))
 
 
 def patches_inside(policy: Any) -> list[Patch]:
@@ -142,8 +142,8 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 def firings_inside(policy: Any) -> list[Any]:
     """Return one Firing for each patch of each twin that a policy contains or uses."""
-    modules = {module: None for held in held_modules(policy) for module in held.modules()}
-    return [firing for module in modules if STATE in vars(module) for firing in vars(module)[STATE].firings]
+    states = [vars(module)[STATE] for module in held_modules(policy).modules() if STATE in vars(module)]
+    return [firing for state in states for firing in state.firings]
 
 
 def functions_of(patches: Iterable[Patch]) -> list[Any]:

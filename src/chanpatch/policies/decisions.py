@@ -123,13 +123,9 @@ def _output_of_sb3(policy: Any, observations: Any) -> Any:
 
 
 def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None = None) -> Decision:
-    """Convert a policy's output to a Decision.
+    """Convert a policy's output to a Decision. `subject` is the policy's name in error messages.
 
-    Args:
-        output: Output of the policy.
-        subject: Name of the policy, for error messages.
-        outputs: Meaning of a tensor that the policy returns, as in `action_distribution`.
-        masks: Bool array with shape `(row, action)`, True for allowed actions; None if all actions are allowed.
+    `masks` has shape `(row, action)` and is True for allowed actions. If `masks` is None, all actions are allowed.
     """
     try:
         decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,7 +28,7 @@ from .checks import check_repeats, check_rows, checked_policy, noted_logs, refus
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, allowed_actions, check_outputs, decision_in, method_of, output_of
-from .log import Log, Options, by_repetition, rows_of_observations
+from .log import Log, Options, mapped, rows_of_observations
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state
 
@@ -46,19 +46,18 @@ _CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) c
 def play(
     policy: Any,
     envs: VectorEnv[Any, Any, Any],
-    seeds: Iterable[int],
     options: Options,
+    part: range,
     *,
     label: str | None = None,
     times: int = 1,
     around: Around = nullcontext,
-) -> list[Rollout]:
-    """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
+) -> Rollout:
+    """Run a range of plays, and return one rollout that contains these plays; see `Log`.
 
-    Before each forward pass, `around` receives the repetition number of each row, as int64 with shape `(row,)`. The
-    forward pass runs inside the context manager that `around` returns. `label` is the policy's name in paired rollouts,
-    and None in other rollouts. If `options.part` is a range of plays, play only this range, and return a list with one
-    rollout that contains these plays.
+    All episodes are repeated `times` times with the same random numbers. Before each forward pass, `around` receives
+    the repetition number of each row, as int64 with shape `(row,)`. The forward pass runs inside the context manager
+    that `around` returns. `label` is the policy's name in paired rollouts, and None in other rollouts.
     """
     check_outputs(options.outputs)
     refuse_replaced(policy, options.masks, envs)
@@ -68,9 +67,9 @@ def play(
         options = options._replace(initial_state=lstm_state(policy))
     is_recurrent, has_masks = options.initial_state is not None, options.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
-    log = Log(seeds, options, times, label)
+    log = Log(options, part, times, label)
     whole("max_steps", options.max_steps, 1, RolloutError)
-    waves = range(log.part.start, log.part.stop, envs.num_envs)
+    waves = part[:: envs.num_envs]
     held, *state = held_state(policy, envs)
     bar = progress_bar(options.progress, len(waves) * options.max_steps, "step")
     with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
@@ -81,9 +80,8 @@ def play(
             check = functools.partial(check_repeats, noted_logs(policy), run, again)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier episodes
-            player.play(np.arange(start, min(start + envs.num_envs, log.part.stop)), advance, check)
-    played = log.played()
-    return [*by_repetition({log.part: played}, log.episodes).values()] if options.part is None else [played]
+            player.play(np.arange(start, min(start + envs.num_envs, part.stop)), advance, check)
+    return log.played()
 
 
 class _Player:
@@ -261,11 +259,7 @@ class _Player:
         """Convert an array, or dicts and tuples that contain arrays, to tensors in the same structure."""
         if is_sb3_policy(self._owner):
             return to_tensors(self._owner, observations)
-        if isinstance(observations, Mapping):
-            return {name: self._tensors(part) for name, part in observations.items()}
-        if isinstance(observations, tuple):
-            return tuple(map(self._tensors, observations))
-        return self._placed(torch.as_tensor(observations))
+        return mapped(lambda array: self._placed(torch.as_tensor(array)), observations)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the policy's device. Convert a floating-point tensor to the policy's dtype."""

@@ -23,6 +23,7 @@ _INFOS = "infos"  # in the settings of `Log.played`: names of the infos from the
 class Options(NamedTuple):
     """Options for `rollout`, `paired_rollouts` and `rollout_sweep`."""
 
+    seeds: Sequence[int]
     max_steps: int
     sampling_seed: int
     greedy: bool
@@ -30,42 +31,46 @@ class Options(NamedTuple):
     masks: Masks | None
     initial_state: InitialState | None
     progress: bool | None
-    keep: Sequence[str] = ()
-    part: range | None = None  # the plays to run in this process; None for all plays
+    keep: Sequence[str]
+
+
+def checked_seeds(seeds: Iterable[int]) -> list[int]:
+    """Return the seeds as a list of ints; raise RolloutError unless there is at least one seed and all are valid."""
+    if not isinstance(seeds, Iterable):
+        raise RolloutError(f"seeds must contain one seed per episode, such as range(100); got {seeds!r}.")
+    checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
+    if max(checked, default=0) >= 2**63:
+        raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
+    if not checked:
+        raise RolloutError("seeds is empty: pass one seed per episode.")
+    return checked
 
 
 class Log:
     """The results and random generators of all plays.
 
-    A play is one repetition of an episode. Plays are numbered by repetition and then by episode.
+    A play is one repetition of an episode. Plays are numbered by repetition and then by episode. `part` is the range of
+    plays to run in this process.
     """
 
-    def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
-        if not isinstance(seeds, Iterable):
-            raise RolloutError(f"seeds must contain one seed per episode, such as range(100); got {seeds!r}.")
-        checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
-        if max(checked, default=0) >= 2**63:
-            raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
-        if not checked:
-            raise RolloutError("seeds is empty: pass one seed per episode.")
-        self.episodes, self.plays = len(checked), times * len(checked)
-        self.seeds = tuple(checked * times)
-        self.part = range(self.plays) if options.part is None else options.part
-        self._options = options
+    def __init__(self, options: Options, part: range, times: int, label: str | None) -> None:
+        self.episodes, plays = len(options.seeds), times * len(options.seeds)
+        self.seeds = tuple(options.seeds) * times
+        self._options, self._part = options, part
         self.published = {
             "label": label,
             "sampling_seed": options.sampling_seed,
-            "seeds": np.array(checked, object),
-            "repetitions": repetitions(checked),
+            "seeds": np.array(options.seeds, object),
+            "repetitions": repetitions(options.seeds),
         }
-        self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
-        self.returns = np.zeros(self.plays)
-        self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
+        self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, options.seeds)]
+        self.returns = np.zeros(plays)
+        self.terminated, self.truncated = np.zeros((2, plays), dtype=np.bool_)
         self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: numbers of plays, actions
         self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: numbers of plays, checksums
         self.gained: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # per step: numbers of plays, rewards
         names = [options.keep] if isinstance(options.keep, str) else options.keep
-        self._kept: dict[str, list[list[Any]]] = {name: [[] for _ in range(self.plays)] for name in names}
+        self._kept: dict[str, list[list[Any]]] = {name: [[] for _ in range(plays)] for name in names}
         self._infos = self._kept.keys() - {_OBSERVATIONS, _STATE}
         self._known_infos: set[str] = set()
         if _STATE in self._kept and options.initial_state is None:
@@ -126,7 +131,7 @@ class Log:
         self.lengths = np.array([*map(len, self.actions)])
         settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
         settings |= {"masked": self._options.masks is not None, _INFOS: self._known_infos}
-        cut = slice(self.part.start, self.part.stop)
+        cut = slice(self._part.start, self._part.stop)
         kept = {name: each[cut] for name, each in self._kept.items()}
         return Rollout(
             **{name: getattr(self, name)[cut] for name in _COLUMNS},
@@ -196,10 +201,15 @@ def _stacked(values: list[Any]) -> Any:
     return found
 
 
+def mapped(function: Callable[[Any], Any], observations: Any) -> Any:
+    """Apply a function to each array in observations, which may be nested in dicts and tuples."""
+    if isinstance(observations, Mapping):
+        return {name: mapped(function, part) for name, part in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(mapped(function, part) for part in observations)
+    return function(observations)
+
+
 def rows_of_observations(observations: Any, rows: Any) -> Any:
     """Select the given rows from observations, which may be nested in dicts and tuples."""
-    if isinstance(observations, Mapping):
-        return {name: rows_of_observations(part, rows) for name, part in observations.items()}
-    if isinstance(observations, tuple):
-        return tuple(rows_of_observations(part, rows) for part in observations)
-    return observations[rows]
+    return mapped(lambda array: array[rows], observations)

@@ -1,4 +1,4 @@
-"""Play the episodes of a rollout in the workers of an executor.
+"""Play the episodes of a rollout in this process or in the workers of an executor.
 
 Each worker plays whole waves (batches of episodes). The waves are the same as without an executor, so the results are
 equal bit for bit.
@@ -18,7 +18,6 @@ from ..errors import ExecutorError, RolloutError
 from ..registry.points import HookPoints
 from ..results import progress_bar
 from .checks import checked_envs
-from .log import Log, Options
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -39,23 +38,21 @@ def _is_factory(envs: Any) -> bool:
     return callable(envs) and (isinstance(envs, type) or not hasattr(envs, "reset"))
 
 
-def played_in_workers(
-    executor: Executor,
-    function: Callable[[Any, range], Any],
-    call: Any,
-    envs: Any,
-    seeds: Sequence[int],
-    options: Options,
-    *,
-    policy: Any,
-    labels: Sequence[Any] = (),
+def played_in_parts(
+    executor: Executor | None, function: Callable[..., Any], policy: Any, *call: Any, labels: Sequence[Any] = ()
 ) -> tuple[dict[range, Any], ExecutorError | None]:
     """Divide the plays of a rollout into ranges, and run `function(call, plays)` for each range in a worker.
 
-    There is one play per seed or, if there are labels, one play per label and seed. Return two values: a dict that maps
-    each finished range to its result, in increasing order; and the error to raise if workers were lost, or None if all
-    ranges finished. If no range finished, raise the error instead.
+    Without an executor, run one range with all plays in this process. `call` contains the environments, the options
+    and further data. `policy` is a policy in `call`. There is one play per seed or, if there are labels, one play per
+    label and seed. Return two values: a dict that maps each finished range to its result, in increasing order; and the
+    error to raise if workers were lost, or None if all ranges finished. If no range finished, raise the error instead.
     """
+    envs, options, *more = call
+    seeds = options.seeds
+    count = max(1, len(labels)) * len(seeds)
+    if executor is None:
+        return {range(count): function(call, range(count))}, None
     if not _is_factory(envs):
         raise RolloutError(
             "With executor=, envs must be a function that creates environments, because each worker needs its own "
@@ -63,8 +60,6 @@ def played_in_workers(
         )
     with opened(envs) as each:
         width = each.num_envs
-    seeds = Log(seeds, options, 1, None).seeds  # raises an error if a seed is invalid
-    count = max(1, len(labels)) * len(seeds)
     waves = cut(range(0, count, width), executor)
     parts = [range(each[0], min(each[-1] + width, count)) for each in waves]
     episodes = len(seeds)
@@ -79,6 +74,7 @@ def played_in_workers(
             advance(len(parts[number]))
 
         try:
+            call = envs, options._replace(progress=False), *more
             spread(executor, function, call, parts, named, add, model=model)
         except ExecutorError as fault:
             if not found:

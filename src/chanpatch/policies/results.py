@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from ..errors import RolloutError
+from ..errors import RolloutError, counted
 from ..plots import survival
 from ..results import ROWS, Effects, Records, columns, interval_notes, largest_first, shown_effect
 from ..statistics.flips import ranked_interval
@@ -105,7 +106,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     _by_row = ("labels",)
 
     def __post_init__(self) -> None:
-        self._check_pairs(self.rollouts)
+        for name, other in self.rollouts.items():
+            _check_pair(self._original, other, f"'{next(iter(self.rollouts))}' and {name!r}")
 
     def __getitem__(self, name: str) -> Rollout:
         return self.rollouts[name]
@@ -136,7 +138,9 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
         The first policy is not included.
         """
-        return self._differences([self[label] for label in self.labels])
+        first = self._original
+        differences = [self[label].returns - first.returns for label in self.labels]
+        return np.array(differences).reshape(len(self.labels), len(first))
 
     def effect(self) -> NDArray[np.float64]:
         """Return each policy's mean return minus the first policy's mean return, with shape `(policy,)`.
@@ -157,7 +161,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         whole = self._whole or self
         if not whole.labels:
             return Interval(np.zeros(0), np.zeros(0), np.zeros(0), 0.95, np.zeros(0, dtype=np.str_))
-        every = whole._interval(whole.differences(), seed)
+        every = ranked_interval(whole._snapped(), clusters=whole._original.seeds, seed=seed)
         return picked(every, [whole.labels.index(label) for label in self.labels])
 
     def comparisons(self) -> list[dict[str, Any]]:
@@ -167,7 +171,17 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         the number of episodes (`n`). It also contains the mean return of the policy (`patched`) and of the first policy
         (`original`).
         """
-        return self._compared({label: self[label] for label in self.labels}, self.interval())
+        interval = self.interval()
+        return columns(
+            label=self.labels,
+            effect=self.effect(),
+            low=interval.low,
+            high=interval.high,
+            note=interval.note,
+            patched=[float(self[label].returns.mean()) for label in self.labels],
+            original=[float(self._original.returns.mean())] * len(self.labels),
+            n=[len(self._original)] * len(self.labels),
+        )
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per policy and episode, with keys policy, seed, return, length, terminated and truncated."""
@@ -232,32 +246,9 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         episodes, seeds = len(self._original), len({*self._original.seeds})
         return f"{episodes} episodes" + f" ({seeds} seeds)" * (seeds < episodes)
 
-    def _interval(self, differences: NDArray[np.float64], seed: int) -> Interval[NDArray[np.float64]]:
-        return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
-
-    def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _snapped(self) -> NDArray[np.float64]:
         """Return the differences without rounding error, transposed to shape `(episode, policy)`."""
-        return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
-
-    def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
-        first = self._original
-        return np.array([rollout.returns - first.returns for rollout in others]).reshape(len(others), len(first))
-
-    def _check_pairs(self, others: Mapping[str, Rollout]) -> None:
-        for name, other in others.items():
-            _check_pair(self._original, other, f"'{next(iter(self.rollouts))}' and {name!r}")
-
-    def _compared(self, others: Mapping[str, Rollout], interval: Interval[Any]) -> list[dict[str, Any]]:
-        return columns(
-            label=others,
-            effect=self._differences([*others.values()]).mean(axis=1),
-            low=interval.low,
-            high=interval.high,
-            note=interval.note,
-            patched=[float(rollout.returns.mean()) for rollout in others.values()],
-            original=[float(self._original.returns.mean())] * len(others),
-            n=map(len, others.values()),
-        )
+        return snapped(self.differences().T, self._original.returns[:, None], _ROUNDING)
 
 
 def concatenated(one: Rollout, other: Rollout) -> Rollout:
@@ -280,10 +271,14 @@ def _check_parts(one: Rollout, other: Rollout) -> None:
             f"Both results contain seed {min(shared)}. Episodes with this seed use the same random numbers, so they "
             "are not independent. Play all episodes that share a seed in one call."
         )
-    for name, value in {**one.settings, "keep": [*one.kept]}.items():
-        found = {**other.settings, "keep": [*other.kept]}[name]
-        if found != value:
-            raise RolloutError(f"The results cannot be joined because {name} differs: {value} vs. {found}.")
+    settings, others = ({**each.settings, "keep": [*each.kept]} for each in (one, other))
+    _check_settings(settings, others, "The results cannot be joined")
+
+
+def _check_settings(settings: Mapping[str, Any], others: Mapping[str, Any], consequence: str) -> None:
+    for name, value in settings.items():
+        if others[name] != value:
+            raise RolloutError(f"{consequence} because {name} differs: {value} vs. {others[name]}.")
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
@@ -293,11 +288,7 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
     """
     if first.seeds != other.seeds:
         raise RolloutError(f"{names} cannot be compared because their rollouts used different seeds.")
-    for name, value in first.settings.items():
-        if other.settings[name] != value:
-            raise RolloutError(
-                f"{names} cannot be compared because {name} differs: {value} vs. {other.settings[name]}."
-            )
+    _check_settings(first.settings, other.settings, f"{names} cannot be compared")
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]
@@ -336,7 +327,11 @@ class SweptRollouts(PairedRollouts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_pairs(self.controls or {})
+        self._paired_controls  # noqa: B018  # raises an error if a control cannot be compared
+
+    @functools.cached_property
+    def _paired_controls(self) -> PairedRollouts:
+        return PairedRollouts({next(iter(self)): self._original, **(self.controls or {})})
 
     def ranks(self, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
         """Rank each effect among the control effects, as `chanpatch.statistics.rank_among` does.
@@ -345,9 +340,8 @@ class SweptRollouts(PairedRollouts):
         rank is None if the effect is not finite. All ranks are None if there are no controls, or if a control effect is
         not finite.
         """
-        controls = self._differences([*(self.controls or {}).values()])
-        effects, others = (self._snapped(each).mean(axis=0) for each in (self.differences(), controls))
-        return ranks_among(effects, others, alternative, self.no_p)
+        effects, controls = (each._snapped().mean(axis=0) for each in (self, self._paired_controls))
+        return ranks_among(effects, controls, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label except `"original"`, as in `PairedRollouts`, with the controls last.
@@ -358,8 +352,7 @@ class SweptRollouts(PairedRollouts):
         records = super().comparisons()
         if self.controls is None:
             return records
-        interval = self._interval(self._differences([*self.controls.values()]), seed=0)
-        return ranked_records(records, self.ranks(), self._compared(self.controls, interval))
+        return ranked_records(records, self.ranks(), self._paired_controls.comparisons())
 
     def _joined(self, other: Self) -> dict[str, Any]:
         if [*(self.controls or ())] != [*(other.controls or ())]:
@@ -378,8 +371,7 @@ class SweptRollouts(PairedRollouts):
         ]
 
     def _title(self) -> str:
-        patches = f"{len(self.labels)} patch{'es' * (len(self.labels) != 1)}"
-        return f"{patches}, mean return over the same {self._episodes}"
+        return f"{counted(len(self.labels), 'patch')}, mean return over the same {self._episodes}"
 
     def _notes(self) -> list[str]:
         notes = super()._notes()

@@ -34,8 +34,8 @@ from .checks import SharedState, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs, method_of
 from .episodes import BatchAxes, play, rows_of, state_batch_axes
-from .log import InitialState, Options, by_repetition
-from .parts import opened, played_in_workers
+from .log import InitialState, Options, by_repetition, checked_seeds
+from .parts import opened, played_in_parts
 from .results import ORIGINAL, Rollout, SweptRollouts
 from .stable_baselines import as_in_predict, lstm_state, policy_of
 from .twin import PatchedPolicy
@@ -113,18 +113,13 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             )
     refuse_shared_state(both)
     _check_independent(model_of(policy))
-    seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first run
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
+    seeds = checked_seeds(seeds)
+    options = Options(seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
     labels = (ORIGINAL, *(label for label, _ in both))
-    lost = None
-    if executor is None:
-        played = dict(enumerate(_played((policy, both, envs, seeds, options, check_nan))))
-    else:
-        call = policy, both, envs, seeds, options._replace(progress=False), check_nan
-        found, lost = played_in_workers(executor, _played, call, envs, seeds, options, policy=policy, labels=labels)
-        played = by_repetition({plays: part for plays, (part,) in found.items()}, len(seeds))
-        if lost and 0 not in played:
-            raise lost
+    parts, lost = played_in_parts(executor, _played, policy, envs, options, policy, both, check_nan, labels=labels)
+    played = by_repetition(parts, len(seeds))
+    if lost and 0 not in played:
+        raise lost
     rollouts = {label: played[number] for number, label in enumerate(labels[: 1 + len(asked)]) if number in played}
     ranked = {labels[number]: played[number] for number in sorted(played) if number > len(asked)} or None
     remarks = reference_notes(patch for _, each in both for patch in each)
@@ -135,12 +130,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     return result
 
 
-def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None = None) -> list[Rollout]:
-    """Play all episodes under each label, and return one rollout per label. In a worker, play only `part`.
-
-    `part` is a range of plays, which are numbered by label and then by episode. With `part`, return only one rollout.
-    """
-    policy, both, envs, seeds, options, check_nan = call
+def _played(call: tuple[Any, Options, Any, Any, bool], part: range) -> Rollout:
+    """Run a range of plays, which are numbered by label and then by episode."""
+    envs, options, policy, both, check_nan = call
     if options.initial_state is None:
         options = options._replace(initial_state=lstm_state(model_of(policy)))
     state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
@@ -150,14 +142,11 @@ def _played(call: tuple[Any, Any, Any, Any, Options, bool], part: range | None =
         interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
         twin = method_of(interventions.twin, policy)
         run, again = (
-            functools.partial(
-                play, twin, vector, seeds, options._replace(part=part), times=1 + len(both), around=around
-            )
+            functools.partial(play, twin, vector, options, part, times=1 + len(both), around=around)
             for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
         )
         shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in both}}, vector)
-        rollouts: list[Rollout] = shared.checked("of the sweep", run, again)
-        return rollouts
+        return shared.checked("of the sweep", run, again)
 
 
 def _check_independent(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ from .checks import SharedState, check_equal, check_modes, refuse_environments_b
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import play
-from .log import InitialState, Options, by_repetition
-from .parts import opened, played_in_workers
+from .log import InitialState, Options, by_repetition, checked_seeds
+from .parts import opened, played_in_parts
 from .results import PairedRollouts, Rollout
 from .stable_baselines import policy_of
 
@@ -111,12 +111,9 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
-    policy, seeds = policy_of(policy), [*seeds] if isinstance(seeds, Iterable) else seeds
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
-    if executor is None:
-        return _played((policy, envs, seeds, options))
-    call = policy, envs, seeds, options._replace(progress=False)
-    parts, lost = played_in_workers(executor, _played, call, envs, seeds, options, policy=policy)
+    policy, seeds = policy_of(policy), checked_seeds(seeds)
+    options = Options(seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
+    parts, lost = played_in_parts(executor, _played, policy, envs, options, policy)
     played = by_repetition(parts, len(seeds), complete=False)[0]
     if lost:
         lost.partial = played
@@ -124,13 +121,13 @@ def rollout(
     return played
 
 
-def _played(call: tuple[Any, Any, Any, Options], part: range | None = None) -> Rollout:
-    """Play all episodes with one policy. In a worker, play only `part`, a range of the episodes."""
-    policy, envs, seeds, options = call
+def _played(call: tuple[Any, Options, Any], part: range) -> Rollout:
+    """Play a range of the episodes with one policy."""
+    envs, options, policy = call
     check_modes({"": policy})
     with opened(envs) as vector:
         refuse_environments_by_rows(patches_inside(policy), vector)
-        return play(policy, vector, seeds, options._replace(part=part))[0]
+        return play(policy, vector, options, part)
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
@@ -190,17 +187,12 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             f"outputs has the key {min(stray)!r}, which is not the name of a policy. The names are "
             f"{', '.join(map(repr, policies))}."
         )
-    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
-    seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
-    lost = None
-    if executor is None:
-        rollouts = _played_by_each((policies, envs, seeds, options, each))
-    else:
-        call = policies, envs, seeds, options._replace(progress=False), each
-        first = next(iter(policies.values()))
-        parts, lost = played_in_workers(executor, _played_by_each, call, envs, seeds, options, policy=first)
-        own = {name: {plays: part[name] for plays, part in parts.items()} for name in policies}
-        rollouts = {name: by_repetition(own[name], len(seeds), complete=False)[0] for name in policies}
+    seeds = checked_seeds(seeds)
+    options = Options(seeds, max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
+    first = next(iter(policies.values()))
+    parts, lost = played_in_parts(executor, _played_by_each, first, envs, options, policies, each)
+    own = {name: {plays: part[name] for plays, part in parts.items()} for name in policies}
+    rollouts = {name: by_repetition(own[name], len(seeds), complete=False)[0] for name in policies}
     remarks = reference_notes(patch for policy in policies.values() for patch in patches_inside(policy))
     pairs = PairedRollouts(rollouts, remarks=tuple(remarks))
     for one, other in itertools.combinations(policies, 2):
@@ -212,9 +204,9 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     return pairs
 
 
-def _played_by_each(call: tuple[Any, Any, Any, Options, Any], part: range | None = None) -> dict[str, Rollout]:
-    """Play all episodes with each policy. In a worker, play only `part`, a range of the episodes."""
-    policies, envs, seeds, options, outputs = call
+def _played_by_each(call: tuple[Any, Options, Any, Any], part: range) -> dict[str, Rollout]:
+    """Play a range of the episodes with each policy."""
+    envs, options, policies, outputs = call
     check_modes(policies)
     patches = {name: patches_inside(policy) for name, policy in policies.items()}
     refuse_shared_state(patches.items())
@@ -225,7 +217,7 @@ def _played_by_each(call: tuple[Any, Any, Any, Options, Any], part: range | None
             {name: [policy, *functions_of(patches[name])] for name, policy in policies.items()}, vector
         )
         for name, policy in policies.items():
-            own = options._replace(outputs=outputs.get(name), part=part)
-            run = functools.partial(play, policy, vector, seeds, own, label=name)
-            (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
+            own = options._replace(outputs=outputs.get(name))
+            run = functools.partial(play, policy, vector, own, part, label=name)
+            rollouts[name] = shared.checked(f"of {name!r}", run, run)
     return rollouts

@@ -294,9 +294,7 @@ def _state(twin: Any) -> _TwinState:
     return state
 
 
-_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = (
-    WeakValueDictionary()
-)  # each class is dropped after its last twin
+_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # dropped after the last twin
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:

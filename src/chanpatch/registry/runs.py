@@ -170,15 +170,20 @@ def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[tup
 
 
 def total(weight: Tensor) -> Any:
-    """Return the sum of a parameter's entries, as a string; return None if the sum cannot be read."""
-    # If a forward pass changes the sum, later forward passes must not be stopped early. A subclass may hide its data.
-    if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:
+    """Return the sum of a parameter's values and, if it is large, of its bits. Return None if they cannot be read."""
+    # If a forward pass changes the values, later forward passes must not be stopped early.
+    if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:  # a subclass may hide its data
         return None
     try:
-        found = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
-        return str(found.item())  # a string, so that NaN equals NaN
+        values = weight.detach()
+        if values.numel() > _LARGE and values.is_contiguous() and values.nbytes % 8 == 0:
+            return str(values.sum().item()), values.view(-1).view(torch.int64).sum().item()
+        return str(values.sum(dtype=torch.complex128 if weight.is_complex() else torch.float64).item())
     except RuntimeError:  # some layouts and dtypes do not support sums, and values are unreadable on meta and in vmap
         return None
+
+
+_LARGE = 2**16  # for larger parameters, two sums are up to ten times as fast as one sum in float64
 
 
 def weights(module: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
-from ..errors import ChanpatchError, InterventionError, in_one
+from ..errors import ChanpatchError, InterventionError, counted, in_one
 from ..patching.contexts import checked_patches
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, traced
@@ -34,15 +34,14 @@ class Contents(Records):
             None if the site was not traced.
         chanpatch: Version of chanpatch that saved the file.
         receipt: Receipt for the run with the patches; None if the patches were saved without inputs.
-        checksum: SHA-256 checksum of the operands and the metadata, which is verified when the file is read; None for a
-            file in format 1, which has no checksum.
+        checksum: SHA-256 checksum of the operands and the metadata, which is verified when the file is read.
     """
 
     patches: tuple[Patch, ...]
     hook_points: tuple[str | None, ...]
     chanpatch: str
     receipt: Receipt | None
-    checksum: str | None
+    checksum: str
     _most = None
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -62,16 +61,13 @@ class Contents(Records):
         return printable(super().__repr__())
 
     def _title(self) -> str:
-        count = f"{len(self.patches)} patch{'es' if len(self.patches) != 1 else ''}"
-        return f"{count}, saved by chanpatch {self.chanpatch}"
+        return f"{counted(len(self.patches), 'patch')}, saved by chanpatch {self.chanpatch}"
 
     def _notes(self) -> list[str]:
-        notes = [f"Checksum: {self.checksum}"]
-        if self.checksum is None:
-            notes = ["No checksum in format 1: corrupted numbers would go unnoticed. Compare the file with a copy."]
+        checksum = f"Checksum: {self.checksum}"
         if self.receipt is None:
-            return [*notes, "No receipt: saved without inputs."]
-        return [*notes, "Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
+            return [checksum, "No receipt: saved without inputs."]
+        return [checksum, "Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
 
 
 def save(

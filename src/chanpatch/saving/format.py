@@ -8,8 +8,8 @@
               for Resample, `per` is stored only if it is "step"; files from before the option existed do not contain
               `per`
 
-`encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
-which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
+`encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 2,
+in which a site has no basis.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..registry.sites import Along, Coordinates, HookPoint, Site
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2, 3)  # the formats that can be read; files are written in the last one
+_FORMATS = (2, 3)  # the formats that can be read; files are written in the last one
 _KEY = "chanpatch"  # the only metadata entry, because safetensors does not keep the order of several entries
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
@@ -69,7 +69,7 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
-) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
+) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str]:
     """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
     Each operand is moved to the device of its patch's hook point, or to the CPU if that device is unknown. The errors
@@ -84,23 +84,22 @@ def decoded(
             if text is None:
                 raise InterventionError("contains no patches: the file was not written by chanpatch.save().")
             metadata = json.loads(text)
-            if metadata["format"] not in _FORMATS or type(metadata["format"]) is not int:
+            if metadata["format"] not in _FORMATS:
                 raise InterventionError(
-                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 to 3. "
-                    "Use a newer version of chanpatch."
+                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 2 and 3. "
+                    "Use the version of chanpatch that saved the file."
                 )
             stored: dict[str, Tensor] = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
             checksum = metadata.pop("sha256", None)
-            if (metadata["format"] > 1 or checksum is not None) and checksum != _checksum(metadata, stored):
+            if checksum != _checksum(metadata, stored):
                 raise InterventionError(
                     "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the "
                     "patches again."
                 )
 
             @cache  # patches that shared a tensor when they were saved share a tensor again
-            def tensor(key: str, order: tuple[int, ...], shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
-                dense = stored[key].permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
-                return dense if shape is None else dense.expand(shape)
+            def tensor(key: str, order: tuple[int, ...], device: torch.device) -> Tensor:
+                return stored[key].permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
 
             def device(name: str) -> torch.device:
                 return points[name].device if points is not None and name in points else torch.device("cpu")
@@ -108,7 +107,7 @@ def decoded(
             records, receipt = metadata["patches"], metadata["receipt"]
             return (
                 tuple(_patch(record, tensor, device(record["site"]["name"])) for record in records),
-                tuple(_trace_text(record["hook_point"]) for record in records),
+                tuple(record["hook_point"] and str(record["hook_point"]) for record in records),
                 str(metadata["chanpatch"]),
                 None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
                 checksum,
@@ -141,25 +140,9 @@ def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 def trace_of(point: HookPoint) -> str:
     """Return the text that is saved for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
     point = point.lens.base if isinstance(point.lens, Coordinates) else point
-    return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
-
-
-def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None], dtype: str) -> str:
-    texts = [axis if length is None else f"{axis}={length}" for axis, length in zip(axes, lengths, strict=True)]
-    return f"{module_type} ({', '.join(texts)}) {dtype}"
-
-
-def _trace_text(saved: Any) -> str | None:
-    """Return the text that describes a saved hook point, or None if the site was not traced.
-
-    `saved` is the text or None. Exception: in format 1, `saved` is a dict with the length of each axis except `batch`.
-    """
-    if not isinstance(saved, dict):
-        return None if saved is None else str(saved)
-    axes, lengths = saved["axes"], [*saved["shape"]]
-    if len(lengths) < len(axes):
-        lengths.insert(axes.index("batch"), None)
-    return _trace(saved["module_type"], axes, lengths, saved["dtype"])
+    lengths = {axis: point.length(axis) for axis in point.axes}
+    axes = ", ".join(axis if length is None else f"{axis}={length}" for axis, length in lengths.items())
+    return f"{point.module_type} ({axes}) {str(point.dtype).removeprefix('torch.')}"
 
 
 def printable(text: str) -> str:
@@ -203,8 +186,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
             return given
         if "float" in given:
             return float(given["float"])
-        shape = (*given["shape"],) if "shape" in given else None
-        return tensor(given["tensor"], (*given["order"],), shape, device)
+        return tensor(given["tensor"], (*given["order"],), device)
 
     kind, indices = record["edit"], record["site"]["indices"]
     if kind not in _EDITS:
