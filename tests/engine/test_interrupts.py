@@ -24,10 +24,13 @@ from chanpatch.engine.hooks import RunEagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
-OURS = tuple(
-    f"{FOLDER}/{each}"
-    for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/runs.py", "registry/points.py")
+_FILES = (
+    "engine/",
+    "patching/contexts.py",
+    "policies/twin.py",
+    *(f"registry/{n}.py" for n in ("trace", "runs", "points")),
 )
+OURS = tuple(f"{FOLDER}/{each}" for each in _FILES)
 HAS_STANCES = hasattr(torch.compiler, "set_stance")  # torch 2.6 and later
 
 

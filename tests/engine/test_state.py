@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -406,6 +407,31 @@ def test_a_forward_that_changes_weights_for_a_while_is_never_ended_early(swaps: 
         sweep(points, vectors, patches=patches, metric=lambda output: output[:, 0])
     assert model.body.weight is weight
     torch.testing.assert_close(weight, before, rtol=0, atol=1e-6)
+
+
+class Changing(nn.Module):
+    """Changes a large weight for the time of its forward."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.body, self.change = nn.Linear(300, 300), change
+
+    def forward(self, vector: Tensor) -> Tensor:
+        before = self.body.weight.detach().clone()
+        self.change(self.body.weight.data)
+        output: Tensor = self.body(vector)
+        self.body.weight.data.copy_(before)
+        return output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda weight: weight.neg_(), lambda weight: weight[7, 8].neg_(), lambda weight: weight[7, 9].mul_(1 + 2e-7)],
+    ids=["all signs", "one sign", "one last digit"],
+)
+def test_a_small_change_in_a_large_weight_is_noticed(change: Callable[[Tensor], object]) -> None:
+    assert not hook_points(Changing(change), torch.randn(4, 300)).steady
+    assert hook_points(Changing(lambda weight: weight), torch.randn(4, 300)).steady
 
 
 class Louder(nn.Module):
