@@ -24,12 +24,8 @@ from chanpatch.engine.hooks import RunEagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
-_FILES = (
-    "engine/",
-    "patching/contexts.py",
-    "policies/twin.py",
-    *(f"registry/{n}.py" for n in ("trace", "runs", "points")),
-)
+_TRACE = ("registry/trace.py", "registry/runs.py", "registry/points.py")
+_FILES = ("engine/", "patching/contexts.py", "policies/twin.py", *_TRACE)
 OURS = tuple(f"{FOLDER}/{each}" for each in _FILES)
 HAS_STANCES = hasattr(torch.compiler, "set_stance")  # torch 2.6 and later
 
