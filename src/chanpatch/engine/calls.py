@@ -24,7 +24,7 @@ def left_twice(context: Undoable) -> Iterator[None]:
         context.__exit__()
 
 
-class Observed(Undoable):
+class Observed(RunEagerly):
     """Context that runs callbacks at every call to one of the given modules, and at every tap.
 
     Before a module runs, `on_inputs` receives (module, args, kwargs). After a module has run, `on_output` receives
@@ -38,7 +38,7 @@ class Observed(Undoable):
         on_output: Callable[[nn.Module, Any], object] | None = None,
         on_tap: Callable[[str, Tensor], object] | None = None,
     ) -> None:
-        self._modules, self._eagerly, self._on_tap = (known := set(modules)), RunEagerly(), on_tap
+        self._modules, self._on_tap = (known := set(modules)), on_tap
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if on_inputs is not None and module in known:
@@ -58,14 +58,14 @@ class Observed(Undoable):
             module._forward_hooks[self._key] = self._after
         if self._on_tap is not None:
             _tap_observers.append(self._on_tap)
-        self._eagerly.__enter__()
+        super()._do()
 
     def _undo(self) -> None:
         if self._on_tap in _tap_observers:
             _tap_observers.remove(self._on_tap)
         for module in self._modules:
             drop(module, [self._key])
-        self._eagerly.__exit__()
+        super()._undo()
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []

@@ -44,7 +44,7 @@ class Station:
         self.listeners: list[Any] = []  # empty, like `scopes`, while no session is attached
         self.scopes: list[Any] = []  # sessions for which a call to this module may be a root call
         self.module_id = id(module)
-        self._module = weakref.ref(module, functools.partial(_idle.pop, id(module)))
+        self._module = weakref.ref(module)
         self._on_inputs: list[Any] = []
         self._on_output: list[Any] = []  # listeners that run before any other forward hook on the module
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
@@ -56,7 +56,6 @@ class Station:
         self._hooks = 0  # number of forward hooks that this station has put on the module
         self._calls: list[tuple[Any, int]] = []
         self._keys = next(KEYS), next(KEYS)
-        self._before, self._first, self._last = (_Hook(self, each) for each in (self._enter, self._leave, self._finish))
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
@@ -69,19 +68,20 @@ class Station:
     @staticmethod
     def on(module: nn.Module) -> Station:
         """Return the module's station. If no session is attached yet, first put the station's hooks on the module."""
-        station = Station.of(module) or _idle.pop(id(module), None) or Station(module)
-        if not station.is_open:
-            vars(station).pop("inside", None)
-            module._forward_pre_hooks_with_kwargs[station._keys[0]] = True
-            module._forward_pre_hooks[station._keys[0]] = station._before
-            station._put(module, 0, station._first)
+        station = Station.of(module)
+        if station is None:
+            station = Station(module)
+            key, before = station._keys[0], _Hook(station, station._enter)
+            module._forward_pre_hooks_with_kwargs[key] = True
+            module._forward_pre_hooks[key] = before
+            station._put(module, 0)
         return station
 
-    def _put(self, module: Any, number: int, hook: _Hook) -> None:
-        """Add a forward hook, under our own key, that runs before (`number` 0) or after (1) all other forward hooks."""
+    def _put(self, module: Any, number: int) -> None:
+        """Make `_leave` (`number` 0) run before all other forward hooks on the module, or `_finish` (1) after them."""
         key = self._keys[number]
         module._forward_hooks_with_kwargs[key] = module._forward_hooks_always_called[key] = True
-        module._forward_hooks[key] = hook
+        module._forward_hooks[key] = _Hook(self, self._finish if number else self._leave)
         module._forward_hooks.move_to_end(key, last=bool(number))
         self._hooks = number + 1
 
@@ -126,8 +126,6 @@ class Station:
                 if (module := each()) is not None:
                     drop(module, self._keys)
             self._copies.clear()
-            if self._module() is not None:
-                _idle[self.module_id] = self
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Remember the module's copies, which are in a `deepcopy` memo, so that `remove` also removes their hooks."""
@@ -144,17 +142,13 @@ class Station:
         if self._keys[0] in hooks:
             hooks.move_to_end(self._keys[0])
 
-    def _order_output(self, module: nn.Module) -> None:
-        """Make output patches run before all other forward hooks, and output recordings after all other hooks."""
-        self._put(module, 0, self._first)
-        self._put(module, 1, self._last)
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if id(module) != self.module_id:
             return self._refuse_copy(module)
         self._errors_before.append(sys.exc_info()[1])
         if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
-            self._order_output(module)
+            self._put(module, 0)
+            self._put(module, 1)
         late = bool(self._on_inputs) and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)
@@ -246,7 +240,6 @@ class Station:
             )
 
 
-_idle: dict[int, Station] = {}  # stations without hooks, kept for later contexts, by their module's id
 KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
 _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
@@ -324,10 +317,11 @@ class Undoable:
             raise
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._leave()
-        finally:
-            self._leave()
+        if self._is_open:
+            try:
+                self._leave()
+            finally:
+                self._leave()
 
     def _leave(self) -> None:
         if self._is_open:
@@ -340,20 +334,16 @@ class Undoable:
 class RunEagerly(Undoable):
     """Context in which compiled code runs eagerly, so that hooks take effect. Open contexts may close in any order."""
 
-    def __init__(self) -> None:
-        self._token = object()
-
     def _do(self) -> None:
-        _eager.append(self._token)
+        _eager.add(id(self))
         _settle_stance()
 
     def _undo(self) -> None:
-        if self._token in _eager:
-            _eager.remove(self._token)
+        _eager.discard(id(self))
         _settle_stance()
 
 
-_eager: list[object] = []
+_eager: set[int] = set()  # ids of the open contexts
 _stance: list[Any] = []  # the active stance, if any
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .calls import WrappedMethod, forget_taps, hear_tap
 from .containers import containers
-from .hooks import RunEagerly, Stage, Station, Undoable, refuse_checkpoint
+from .hooks import RunEagerly, Stage, Station, refuse_checkpoint
 from .moments import Moment, RootCall, published
 from .paths import Item, Place, get, in_distribution, leaves, nested, read_only, replace
 from .tree import Tree
@@ -152,8 +152,8 @@ class Session:
                 self._in_containers |= place.side == "out" and bool(place.path)
         for module in dict.fromkeys(scopes):
             self._station(module).scopes.append(self)
-        for module in self._stations:
-            self._station(module).plan()
+        for station in filter(None, self._stations.values()):
+            station.plan()
 
     def detach(self) -> None:
         """Detach all listeners. Hooks that other code registered stay in place."""
@@ -367,11 +367,11 @@ class Session:
         return place.call is None or place.call == self.call
 
 
-class Attached(Undoable):
+class Attached(RunEagerly):
     """Context in which a session is attached. Each outermost call to the session's method is then a root call."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._eagerly = session, RunEagerly()
+        self._session = session
         is_call = session.method == "__call__"
         self._around = None if is_call else WrappedMethod(session.root, session.method, session.run_method)
 
@@ -379,14 +379,14 @@ class Attached(Undoable):
         session = self._session
         if session.confined:
             session.own()
-        self._eagerly.__enter__()
+        super()._do()
         if self._around is not None:
             self._around.__enter__()
         session.attach([session.root] if self._around is None else [])
 
     def _undo(self) -> None:
         self._session.detach()
-        self._eagerly.__exit__()
+        super()._undo()
         if self._around is not None:
             self._around.__exit__()
 

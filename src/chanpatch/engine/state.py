@@ -61,9 +61,7 @@ class undisturbed:
 
     def _note(self) -> None:
         self.snapshot.note()
-        self._python, self._torch = random.getstate(), torch.get_rng_state()
-        self._numpy = np.random.get_state(legacy=True)
-        self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
+        self._states = random_states(self._cuda)
         self._gradients, self._caches = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self._is_noted = True
         torch.set_grad_enabled(False)
@@ -117,11 +115,7 @@ class undisturbed:
 
     def put_back(self) -> None:
         """Restore the state that was saved when the context was entered."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        for device, state in zip(self._cuda, self._on_cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_random_states(self._states, self._cuda)
         self.snapshot.put_back_generators()
         self.snapshot.put_back()
 
@@ -131,11 +125,7 @@ class undisturbed:
 
     def has_drawn(self) -> bool:
         """Return whether random numbers have been drawn since the context was entered."""
-        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
-        _, words, *place = np.random.get_state(legacy=True)
-        _, before, *start = self._numpy
-        same = place == start and np.array_equal(words, before) and random.getstate() == self._python
-        return not (same and all(map(torch.equal, after, [self._torch, *self._on_cuda]))) or self.snapshot.has_drawn()
+        return random_states(self._cuda) != self._states or self.snapshot.has_drawn()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
         """Yield the items in `forwards`, each of which stands for one forward pass.
@@ -155,12 +145,23 @@ class undisturbed:
         return output
 
 
-def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
-    """Return the current states of the global random number generators, for comparison."""
-    _, words, *place = np.random.get_state(legacy=True)
-    on_cuda = [torch.cuda.get_rng_state(device) for device in cuda]
-    tensors = [each.numpy().tobytes() for each in (torch.get_rng_state(), *on_cuda)]
-    return [random.getstate(), np.asarray(words).tobytes(), place, *tensors]
+def random_states(cuda: Iterable[torch.device | int] = ()) -> list[Any]:
+    """Return the states of the global random number generators, to be compared or passed to `set_random_states`."""
+    kind, words, *place = np.random.get_state(legacy=True)
+    tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+    of_numpy = kind, np.asarray(words).tobytes(), *place
+    return [random.getstate(), of_numpy, *(each.numpy().tobytes() for each in tensors)]
+
+
+def set_random_states(states: Iterable[Any], cuda: Iterable[torch.device | int]) -> None:
+    """Set the states of the global random number generators to a result of `random_states` for the same GPUs."""
+    of_python, (kind, words, *place), *others = states
+    random.setstate(of_python)
+    np.random.set_state((kind, np.frombuffer(words, np.uint32), *place))
+    on_cpu, *on_cuda = (torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in others)
+    torch.set_rng_state(on_cpu)
+    for device, state in zip(cuda, on_cuda, strict=True):
+        torch.cuda.set_rng_state(state, device)
 
 
 class Snapshot:
@@ -197,16 +198,14 @@ class Snapshot:
 
     def rebound(self) -> list[tuple[dict[str, Any], str]]:
         """List the noncallable attributes set since `note` last ran, as pairs (attribute dict of the module, name)."""
-        return (
-            []
-            if not self.changed()
-            else [
-                (own, name)
-                for (_, own), noted in zip(self._owns, self._noted, strict=False)
-                for name, value in own.items()
-                if name not in _OF_TORCH and not callable(value) and noted.get(name, noted) is not value
-            ]
-        )
+        if not self.changed():
+            return []
+        return [
+            (own, name)
+            for (_, own), noted in zip(self._owns, self._noted, strict=False)
+            for name, value in own.items()
+            if name not in _OF_TORCH and not callable(value) and noted.get(name, noted) is not value
+        ]
 
     def state(self) -> tuple[list[Any], list[Any]]:
         """Return the names and the values of all attributes, buffers, submodules and hooks."""

@@ -13,7 +13,6 @@ import itertools
 import operator
 import os
 import pickle
-import random
 import sys
 import traceback
 import types
@@ -23,12 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..errors import ChanpatchError, ExecutorError
-from .state import undisturbed
+from .state import random_states, set_random_states, undisturbed
 
 _Item = TypeVar("_Item")
 # In a worker: the most recently used models and pickled calls, by digest.
@@ -86,7 +84,8 @@ def spread(
         blobs[digest := _digest(weights)] = weights
         named = itertools.chain(model.named_modules(), model.named_parameters(), model.named_buffers())
         known = {id(part): (digest, name) for name, part in named}
-    pickled = _packed((function, call, _settings(), _random_states()), known)
+    states = random_states(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())  # type: ignore[no-untyped-call]
+    pickled = _packed((function, call, _settings(), states), known)
     blobs[_digest(pickled)] = pickled
     tasks = [_packed(part, known) for part in parts]
     key = _digest(*blobs, *tasks)
@@ -192,7 +191,7 @@ def _task(sent: Mapping[str, bytes | None], task: bytes, attempt: int) -> tuple[
                     "a function or class that you pass."
                 ) from fault
             _compare(settings)
-            _set_random_states(states)
+            set_random_states(states, range(len(states) - 3))  # three on the CPU, and one per GPU
             return "done", _packed(function(call, part))
         except Exception as fault:
             return "raised", _packed_error(fault)
@@ -314,20 +313,6 @@ def _compare(settings: Mapping[str, Any]) -> None:
                 f"{name} is {settings[name]} in your process, but {own} in a worker, so results could differ. Use the "
                 "same setting in both, for example by passing initializer= to ProcessPoolExecutor."
             )
-
-
-def _random_states() -> tuple[Any, ...]:
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), on_cuda
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    of_python, of_numpy, of_torch, on_cuda = states
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
-    torch.set_rng_state(of_torch)
-    if on_cuda:
-        torch.cuda.set_rng_state_all(on_cuda)
 
 
 def _check(executor: Executor) -> None:

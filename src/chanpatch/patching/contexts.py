@@ -215,7 +215,8 @@ class Patching(ContextSession):
     ) -> None:
         super().__init__(points_or_model)
         self.check_nan = check_nan
-        self.patches, forwards = checked_patches(points_or_model, patches), Counter[tuple[str, Site]]()
+        self.patches = checked_patches(points_or_model, patches)
+        forwards: Counter[tuple[str, Site]] = Counter()
         if any([isinstance(patch.edit, Donor) for patch in self.patches]):
             self.patches = joined(self.patches, forwards)  # counts the donors' forward passes
         self.allow_unreached = allowed_names(allow_unreached, (patch.site.name for patch in self.patches), "patched")

@@ -244,11 +244,20 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
     """Return the lengths of a region's axes at a traced hook point, with None for axes whose lengths vary."""
-    chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
-    return [
-        None if number == point.batch_axis else chosen.get(axis, point.length(axis))
-        for number, axis in enumerate(point.axes)
-    ]
+    lengths = axis_lengths(point)
+    for axis, index in site.indices:
+        number = point.axes.index(axis)
+        if isinstance(index, tuple) and number != point.batch_axis:
+            lengths[number] = len(index)
+    return lengths
+
+
+def axis_lengths(point: HookPoint) -> list[int | None]:
+    """Return the lengths of a traced hook point's axes, with None for axes whose lengths vary."""
+    lengths = [*point.shape]
+    if point.batch_axis is not None:
+        lengths.insert(point.batch_axis, None)
+    return lengths
 
 
 _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Project: "projects", Resample: "draws"}

@@ -21,7 +21,7 @@ from ..registry.points import names_by_trace
 from ..registry.sites import Axes, Coordinates, HookPoint, Site, read, unusual_layout, written
 from ..results import Records
 from .edit_context import Context
-from .edits import Set, check_mask, check_operands, fits, shown_axes
+from .edits import Set, axis_lengths, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name
 
 
@@ -119,8 +119,6 @@ class Firing(Located):
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
         self._size: tuple[Any, Any] = (None, 0)  # number of rows, and number of elements, in the region
-        self._is_constant = False  # whether the new region does not depend on the activation
-        self._constant: Tensor | None = None  # the new region from the last firing, if it is constant
         self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
         if point is patch.site.point and (fit := _FITS.get(patch)) and fit["_check_nan"] == self._check_nan:
             vars(self).update(fit)
@@ -138,9 +136,6 @@ class Firing(Located):
         if self._filled is not None and leaf.is_contiguous():
             self._count(moment, None)
             return leaf.masked_fill(self._filled, self._sets)
-        if self._constant is not None:
-            self._count(moment, None)
-            return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
         if self.wants_names:  # the edit or the `where` function needs the context
@@ -158,8 +153,6 @@ class Firing(Located):
             is_new = ours or mask is not None  # an operand, or a tensor from a custom function, must be copied
             patched = new if is_new and not self.positions else written(leaf, self.positions, new)
         self._count(moment, mask)
-        if self._is_constant and self._known is not None:
-            self._constant = new
         return patched
 
     def _count(self, moment: Moment | Session, mask: Tensor | None) -> None:
@@ -176,7 +169,7 @@ class Firing(Located):
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
         # The value is read immediately only on the CPU, because reading from another device would synchronize.
-        if inside_vmap(after) or not after.is_cpu or after.sum().isnan():  # a sum needs no memory
+        if inside_vmap(after) or not after.is_cpu or (total := after.sum().item()) != total:  # a sum needs no memory
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
 
@@ -190,17 +183,14 @@ class Firing(Located):
             )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
-        check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
+        number = isinstance(self._sets, Real)
+        if not (number and self._point is self.site.point):  # otherwise, Patch has already checked the number
+            check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self.patch.where, Tensor):
             check_mask(self.patch.where, self.site, self.axes, region.shape)
-        self._constant = self._filled = None
-        number = isinstance(self._sets, Real)
-        # A parameter is excluded, because a region that was computed under no_grad() would cut it from the graph.
-        plain = type(self._sets) is Tensor and not self._sets.requires_grad
-        fits = number or (plain and self._sets.shape == region.shape)
-        # Whole activations are excluded, because the strides may differ.
-        self._is_constant = bool(fits and self.positions and not self._check_nan and self.patch.where is None)
-        if self._is_constant and number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster if small
+        self._filled = None
+        plain = number and not self._check_nan and self.positions and self.patch.where is None
+        if plain and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster if small
             mask = torch.zeros_like(leaf, dtype=torch.bool)
             self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
 
@@ -238,7 +228,7 @@ class Firing(Located):
 
 # Results of `locate` for patches at traced hook points, reused because the same patch is often applied many times.
 _FITS: WeakKeyDictionary[Patch, dict[str, Any]] = WeakKeyDictionary()
-_FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_size", "_is_constant", "_filled")
+_FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_size", "_filled")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
@@ -308,7 +298,9 @@ def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
             the batch axis nor a free axis differs from the trace.
     """
     base = point.lens.base if isinstance(point.lens, Coordinates) else point
-    lengths = [None if axis == "batch" else base.length(axis) for axis in base.axes]
+    lengths = axis_lengths(base)
+    if base.batch_axis is None and "batch" in base.axes:
+        lengths[base.axes.index("batch")] = None
     seen = leaf
     with suppress(ValueError):
         seen = leaf if base.lens is None else base.lens.split(leaf)

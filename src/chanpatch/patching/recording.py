@@ -185,7 +185,9 @@ class Recorder(ContextSession):
 
     def finish(self, error: Exception | None) -> None:
         """Raise UnreachedError if a site was never reached, unless the context exits with an exception."""
-        missing = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
+        missing = [
+            site.name for site in self._sites if site not in self.result._parts and site.name not in self._allowed
+        ]
         if error is None:
             check_reached("Nothing was recorded at {}", dict.fromkeys(missing), advice=self.no_call)
 
