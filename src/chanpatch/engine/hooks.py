@@ -91,11 +91,6 @@ class Station:
         module = self._module()
         return frozenset() if module is None else frozenset(map(id, module.modules()))
 
-    @property
-    def is_open(self) -> bool:
-        """Whether any session is attached."""
-        return bool(self.listeners or self.scopes)
-
     def is_inside_itself(self) -> bool:
         """Return whether the module is called inside another call to the same module."""
         calls, frame = 0, sys._getframe()
@@ -233,7 +228,7 @@ class Station:
             session.end(self, failed=failed)
 
     def _refuse_copy(self, module: nn.Module) -> None:
-        if self.is_open:
+        if self.listeners or self.scopes:
             raise ConcurrencyError(
                 f"This {type(module).__name__} is a copy (deepcopy or DataParallel replica) made while the original "
                 "module was being patched or recorded. Use the original module, on one device."

@@ -250,12 +250,12 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None, steps: Tensor | None = None
     ) -> None:
         """Append an activation from one forward pass. All activations at a site are joined along the batch axis."""
-        if site in self._parts and batch_axis is None:
+        parts = self._parts.setdefault(site, [])
+        if parts and batch_axis is None:
             raise BatchAxisError(
                 f"{site!r} was recorded in two forward passes, whose activations cannot be concatenated. "
                 f"{no_batch(site)} Alternatively, open one recording per forward pass."
             )
-        parts = self._parts.setdefault(site, [])
         fixed = [[n for axis, n in enumerate(each.shape) if axis != batch_axis] for each in (*parts[:1], activation)]
         if fixed[0] != fixed[-1]:
             raise SiteError(
