@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium
@@ -51,10 +52,10 @@ def edits(points: HookPoints, log: Path, last):
 
 
 def interrupting(log: Path, activation: Tensor) -> Tensor:
-    marker = log.with_suffix(".interrupted")
-    if threading.current_thread() is not threading.main_thread() and not marker.exists():
-        marker.touch()
-        signal.raise_signal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        with suppress(FileExistsError):  # another thread has already interrupted
+            log.with_suffix(".interrupted").touch(exist_ok=False)
+            signal.raise_signal(signal.SIGINT)
     return activation * 0
 
 
