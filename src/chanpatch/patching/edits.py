@@ -244,19 +244,11 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
     """Return the lengths of a region's axes at a traced hook point, with None for axes whose lengths vary."""
-    lengths = axis_lengths(point)
+    lengths = point.lengths
     for axis, index in site.indices:
         number = point.axes.index(axis)
         if isinstance(index, tuple) and number != point.batch_axis:
             lengths[number] = len(index)
-    return lengths
-
-
-def axis_lengths(point: HookPoint) -> list[int | None]:
-    """Return the lengths of a traced hook point's axes, with None for axes whose lengths vary."""
-    lengths = [*point.shape]
-    if point.batch_axis is not None:
-        lengths.insert(point.batch_axis, None)
     return lengths
 
 

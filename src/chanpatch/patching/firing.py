@@ -21,7 +21,7 @@ from ..registry.points import names_by_trace
 from ..registry.sites import Axes, Coordinates, HookPoint, Site, read, unusual_layout, written
 from ..results import Records
 from .edit_context import Context
-from .edits import Set, axis_lengths, check_mask, check_operands, fits, shown_axes
+from .edits import Set, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name
 
 
@@ -298,7 +298,7 @@ def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
             the batch axis nor a free axis differs from the trace.
     """
     base = point.lens.base if isinstance(point.lens, Coordinates) else point
-    lengths = axis_lengths(base)
+    lengths = base.lengths
     if base.batch_axis is None and "batch" in base.axes:
         lengths[base.axes.index("batch")] = None
     seen = leaf

@@ -12,7 +12,7 @@ from ..errors import BatchAxisError, ChanpatchError, EditError, SiteError, did_y
 from ..registry.indices import most_positions
 from ..registry.sites import Site, no_batch, read
 from .donors import Donor, InputsOf
-from .edits import Add, Edit, Per, Resample, Set, axis_lengths, check_mask, fits, region_lengths, shape_error
+from .edits import Add, Edit, Per, Resample, Set, check_mask, fits, region_lengths, shape_error
 from .patch import Mask, Patch
 from .recording import reduced
 
@@ -228,7 +228,7 @@ def _region(site: Site, source: Any) -> Any:
     """
     point, whole = site.point, site.indexed()
     if isinstance(source, torch.Tensor):
-        if point is None or not fits(source, axis_lengths(point)):
+        if point is None or not fits(source, point.lengths):
             return source
         most = {point.axes.index(axis): most_positions(index) for axis, index in site.indices}
         short = all(axis == point.batch_axis or n <= most.get(axis, n) for axis, n in enumerate(source.shape))

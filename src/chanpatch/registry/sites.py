@@ -25,12 +25,7 @@ class Along:
 
     axis: str
     basis: Any = field(compare=False)
-    key: int
-
-    @classmethod
-    def of(cls, axis: str, basis: Any) -> Along:
-        """Create an Along whose key is the id of the basis."""
-        return cls(axis, basis, id(basis))
+    key: int  # id of the basis
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -124,12 +119,12 @@ class Site:
             raise SiteError(f"{self!r} is not traced. Create the site with hook_points(model, *inputs).site(...).")
         if self.basis is not None or axis in dict(self.indices):
             raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site with neither.")
-        other = self.indexed(**{**dict(self.indices), **indices}).with_basis(Along.of(axis, basis))
+        other = self.indexed(**{**dict(self.indices), **indices}).with_basis(axis, basis)
         return normalized(other, self.point)
 
-    def with_basis(self, basis: Along) -> Site:
+    def with_basis(self, axis: str, basis: Any) -> Site:
         """Return this site with the given basis. The basis is checked later, when the site is bound to a trace."""
-        return self._with(basis=basis)
+        return self._with(basis=Along(axis, basis, id(basis)))
 
     def _with(self, **changes: Any) -> Site:
         """Return a copy of this site in which the given fields have new values."""
@@ -236,12 +231,15 @@ class HookPoint(Place):
         split = {"layer", "head"}.union(*(group for group in groups if group & {"channel", "feature"}))
         return tuple(axis for axis in self.axes if axis in split - {"channel", "feature"})
 
+    @property
+    def lengths(self) -> list[int | None]:
+        """Length of each axis. The length is None for the batch axis and free axes, because their lengths vary."""
+        at = self.batch_axis
+        return [*self.shape] if at is None else [*self.shape[:at], None, *self.shape[at:]]
+
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis. Return None for the batch axis and free axes, because their lengths vary."""
-        position = self.axes.index(axis)
-        if position == self.batch_axis:
-            return None
-        return self.shape[position - (self.batch_axis is not None and position > self.batch_axis)]
+        """Return the length of an axis, or None if the length varies between forward passes."""
+        return self.lengths[self.axes.index(axis)]
 
 
 def normalized(site: Site, point: HookPoint) -> Site:
@@ -251,8 +249,10 @@ def normalized(site: Site, point: HookPoint) -> Site:
         known = site.point.lens if site.point is not None else None
         same_base = isinstance(known, Coordinates) and known.base == point
         point = site.point if same_base and site.point else coordinates(site, point)
-    lengths = [point.length(axis) or 0 for axis in point.axes]
-    varying = {axis for axis in point.axes if point.length(axis) is None}
+    if not site.indices:
+        return site._with(name=point.name, point=point)
+    lengths = [length or 0 for length in point.lengths]
+    varying = {axis for axis, length in zip(point.axes, point.lengths, strict=True) if length is None}
     numbered = {axis: _numbers(site, axis, index, point.labels(axis)) for axis, index in site.indices}
     written = {axis: index for axis, index in numbered.items() if axis in varying}
     checked = site.indexed(**{axis: index for axis, index in numbered.items() if axis not in varying})

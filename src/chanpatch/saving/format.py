@@ -140,7 +140,7 @@ def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 def trace_of(point: HookPoint) -> str:
     """Return the text that is saved for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
     point = point.lens.base if isinstance(point.lens, Coordinates) else point
-    lengths = {axis: point.length(axis) for axis in point.axes}
+    lengths = dict(zip(point.axes, point.lengths, strict=True))
     axes = ", ".join(axis if length is None else f"{axis}={length}" for axis, length in lengths.items())
     return f"{point.module_type} ({axes}) {str(point.dtype).removeprefix('torch.')}"
 
@@ -198,7 +198,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
     site = Site(record["site"]["name"], **chosen)
     if basis := record["site"].get("basis"):  # not in files of earlier formats
         matrix, mean = operand(basis["matrix"]), operand(basis["mean"])
-        site = site.with_basis(Along.of(basis["axis"], Directions(matrix) if mean is None else PCA(matrix, mean)))
+        site = site.with_basis(basis["axis"], Directions(matrix) if mean is None else PCA(matrix, mean))
     return Patch(site, edit, operand(record["where"]))
 
 
