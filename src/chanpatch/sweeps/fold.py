@@ -35,7 +35,7 @@ from .plan import Entry, Forward, Group, Seen
 from .prefix import Call, StrategyError, refused
 
 _CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
-_GAIN = 0.9  # the fold is used if its estimated time is less than this fraction of the loop's time
+_GAIN = 0.75  # the fold is used if its estimated time is less than this fraction of the loop's time
 # Seconds per prepared module, torch function, operation and byte, on a CPU (True) or on another device (False). The
 # values are fixed, so the choice of a strategy is deterministic.
 _SECONDS = {True: (1e-5, 1e-5, 3e-11, 1e-10), False: (1e-5, 1e-5, 5e-14, 1e-12)}
