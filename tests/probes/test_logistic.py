@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from chanpatch.errors import ProbeError
 from chanpatch.probes import LogisticProbe
-from chanpatch.statistics import auc, wilson_interval
+from chanpatch.statistics import auc, holm, mean_interval, wilson_interval
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(200) % 3 == 0
@@ -99,3 +100,14 @@ def test_sums_that_do_not_fit_are_refused(call, message: str) -> None:
     with pytest.raises(ProbeError) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "with a gradient"])
+def test_numbers_may_be_tensors_that_numpy_cannot_read(kind: str) -> None:
+    tensor = torch.linspace(-1, 1, 40, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    array, labels = tensor.double().numpy(), np.arange(40) % 3 > 0
+    tensor.requires_grad_(kind != "bfloat16")
+    fitted = [LogisticProbe.fit(sums[:, None], labels).predict(sums[:, None]) for sums in (tensor, array)]
+    np.testing.assert_array_equal(*fitted)
+    assert mean_interval(tensor) == mean_interval(array)
+    np.testing.assert_array_equal(holm(tensor.abs()), holm(abs(array)))

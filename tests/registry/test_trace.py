@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch import resample_ablate
+from chanpatch import patched, resample_ablate, zero_ablate
 from chanpatch.errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError
 from chanpatch.registry import hook_points, tap
 
@@ -678,3 +678,23 @@ def test_a_cache_is_copied_for_each_run_and_one_with_gradients_is_refused():
         "An input of type KeptKeys contains tensors that require gradients, so the input cannot be copied for each "
         "forward pass. Create the KeptKeys under torch.no_grad()."
     )
+
+
+def test_an_ensemble_whose_stacked_weights_run_in_vmap_can_be_traced() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+            self.stacked = {
+                name: torch.stack([each.detach(), -each.detach()]) for name, each in self.net.named_parameters()
+            }
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            call = torch.func.functional_call
+            return torch.vmap(lambda weights: call(self.net, weights, (inputs,)))(self.stacked)[1]
+
+    model, inputs = Ensemble(), torch.randn(4, 3)
+    points = hook_points(model, inputs)
+    with patched(points, zero_ablate(points.site("net", feature=0))):
+        output = model(inputs)
+    torch.testing.assert_close(output, -model.net(inputs) * torch.tensor([0.0, 1.0]))

@@ -33,7 +33,15 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.errors import HookPointError, MetricError, NaNError, SiteError, StatisticsError, SweepError
+from chanpatch.errors import (
+    HookPointError,
+    MetricError,
+    NaNError,
+    SiteError,
+    StatisticsError,
+    SweepError,
+    UnsupportedModelError,
+)  # fmt: skip
 from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, value
 from chanpatch.metrics.measured import measured
 from chanpatch.sweeps import Attribution, attribution
@@ -608,3 +616,20 @@ def test_a_site_inside_no_grad_is_refused_by_name() -> None:
     assert str(caught.value) == (
         "'frozen' is computed under torch.no_grad(), so it has no gradient. Use sweep(), or patch a later hook point."
     )
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacrev])
+def test_a_site_inside_a_transform_is_refused(transform: Any) -> None:
+    class Transformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            output: Tensor = transform(self.fc)(inputs)
+            return output.reshape(len(output), -1)
+
+    inputs = torch.randn(4, 3)
+    points = hook_points(Transformed(), inputs)
+    with pytest.raises(UnsupportedModelError, match="inside torch.(vmap|func.grad)"):
+        attribution(points, inputs, patches=zero_ablate(points.site("fc")), metric=METRIC)

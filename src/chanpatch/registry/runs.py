@@ -172,9 +172,9 @@ def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[tup
 def total(weight: Tensor) -> Any:
     """Return the sum of a parameter's values and, if it is large, of its bits. Return None if they cannot be read."""
     # If a forward pass changes the values, later forward passes must not be stopped early.
-    if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:  # a subclass may hide its data
-        return None
     try:
+        if type(weight) is not nn.Parameter and type(weight.data) is not Tensor:  # a subclass may hide its data
+            return None
         values = weight.detach()
         if values.numel() > _LARGE and values.is_contiguous() and values.nbytes % 8 == 0:
             return str(values.sum().item()), values.view(-1).view(torch.int64).sum().item()

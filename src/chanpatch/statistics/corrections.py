@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval
+from .interval import Interval, floats
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -83,7 +83,7 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
 
 def _checked(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return a copy of the p-values, and a mask of the entries that are not NaN."""
-    p = np.array(p_values, dtype=np.float64)
+    p = np.array(floats(p_values))
     tested = ~np.isnan(p)
     outside = p[tested & ~((p >= 0) & (p <= 1))]
     if outside.size:

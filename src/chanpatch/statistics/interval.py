@@ -84,6 +84,13 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
     return dict(zip(names, numbers, strict=True))
 
 
+def floats(values: Any) -> Floats:
+    """Return numbers as an array of float64. Tensors may require a gradient or have a dtype that NumPy lacks."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double()
+    return np.asarray(values, dtype=np.float64)
+
+
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
 ) -> Floats:
@@ -91,7 +98,7 @@ def finite(
 
     If `axes` is given, also raise `error` if the array does not have exactly one nonempty axis per name.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = floats(values)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise error(f"{name} must be a nonempty array with axes ({', '.join(axes)}); got shape {array.shape}.")
     for wrong in np.argwhere(~np.isfinite(array))[:1].tolist():

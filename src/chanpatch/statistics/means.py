@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ChanpatchError, StatisticsError
-from .interval import FEW, FEWEST, Floats, Interval, few_others, quantile, too_few
+from .interval import FEW, FEWEST, Floats, Interval, few_others, floats, quantile, too_few
 
 Rows = NDArray[np.int64]
 
@@ -155,7 +155,7 @@ def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
 
 def clustered(name: str, sample: ArrayLike, clusters: ArrayLike | None) -> tuple[Floats, Rows, int]:
     """Return a sample's rows as an array of floats, the cluster number of each row, and the number of clusters."""
-    rows = np.asarray(sample, dtype=np.float64)
+    rows = floats(sample)
     if rows.ndim == 0 or not rows.size:
         raise StatisticsError(f"{name} must have at least one row on its first axis; got shape {rows.shape}.")
     cluster = cluster_numbers(clusters, len(rows))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
 from ..engine.workers import cut, spread
-from ..errors import ExecutorError, MetricError, SiteError, SweepError
+from ..errors import ExecutorError, MetricError, SiteError, SweepError, UnsupportedModelError
 from ..labels import Patches
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
@@ -244,9 +244,8 @@ def _lines(
     """
     waiting = list(range(len(patches)))
     while waiting:
-        name = patches[waiting[0]].site.name
+        name, line, others = patches[waiting[0]].site.name, [], []
         taken = torch.zeros_like(clean[name], dtype=torch.bool)
-        line, others = [], []
         for row in waiting:
             positions, _ = changes[row]
             if patches[row].site.name != name or read(taken, positions).any():
@@ -330,9 +329,8 @@ class _Runs(Forward):
                         f"'{name}' is computed under torch.no_grad(), so it has no gradient. Use sweep(), or patch a "
                         "later hook point."
                     )
-            precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)
-            self.shares_memory = not same
+            bound = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
+            self.shares_memory = not torch.allclose(values, self._clean, bound, bound * self._scale, equal_nan=True)
             return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
@@ -381,6 +379,10 @@ class _Runs(Forward):
 
 
 def _differentiable(activation: Tensor) -> Tensor:
+    if torch._C._functorch.is_batchedtensor(activation):
+        return activation  # recording raises the error
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedModelError("Sites inside torch.func.grad or similar calls have no estimates. Use sweep().")
     return activation if activation.requires_grad else activation.detach().requires_grad_()
 
 
