@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -432,6 +433,31 @@ class Changing(nn.Module):
 def test_a_small_change_in_a_large_weight_is_noticed(change: Callable[[Tensor], object]) -> None:
     assert not hook_points(Changing(change), torch.randn(4, 300)).steady
     assert hook_points(Changing(lambda weight: weight), torch.randn(4, 300)).steady
+
+
+class Lends(nn.Module):
+    """Has no parameters while another module runs, and loses them if that module fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias, self.relu = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(3)), nn.ReLU()
+
+    def forward(self, vector: Tensor) -> Tensor:
+        held = dict(self._parameters)
+        self._parameters.clear()
+        output: Tensor = self.relu(vector @ held["weight"].T) + held["bias"]
+        self._parameters.update(held)
+        return output
+
+
+def test_parameters_that_an_error_removes_are_put_back_in_order() -> None:
+    model, vectors = Lends(), torch.randn(9, 4)
+    points, expected = hook_points(model, vectors), model(vectors)
+    for patches in ([edit(points.site("relu"), lambda activation: 1 / 0)], [zero_ablate(points.site("relu"))] * 3):
+        with suppress(ZeroDivisionError):
+            sweep(points, vectors, patches=dict(enumerate(patches)), metric=lambda output: output[:, 0])
+        assert [*model._parameters] == ["weight", "bias"]
+        torch.testing.assert_close(model(vectors), expected, rtol=0, atol=0)
 
 
 class Louder(nn.Module):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import multiprocessing
 import sys
+from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -73,7 +74,7 @@ def assert_same(one, other):
         assert one == other
 
 
-def test_a_sweep_with_an_executor_has_the_same_numbers_and_groups(executor) -> None:
+def test_a_sweep_with_an_executor_has_the_same_numbers_and_every_patch_in_a_group(executor) -> None:
     points, observations = mlp()
     each = {
         "patches": ablations(points),
@@ -86,7 +87,10 @@ def test_a_sweep_with_an_executor_has_the_same_numbers_and_groups(executor) -> N
     for name in alone.values:
         np.testing.assert_allclose(spread.values[name], alone.values[name], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(spread.controls.values[name], alone.controls.values[name], rtol=1e-6, atol=1e-6)
-    assert [(group.point, group.patches) for group in spread.groups] == [("1", 8), ("3", 9)]
+    counts = Counter[str]()  # a part may be so small that the loop runs
+    for group in spread.groups:
+        counts[group.point] += group.patches
+    assert counts == {"1": 8, "3": 9}
 
 
 def test_a_sweep_of_every_model_fixture_has_the_same_numbers_in_workers(model, threads) -> None:

@@ -1,8 +1,7 @@
 """Run the model without side effects.
 
-After a forward pass, we restore random number generators, buffers, training flags, hooks and module attributes. If an
-attribute contains plain containers, arrays, tensors, dataclasses or generators, we also restore the contents of these
-objects. We do not restore the contents of other objects.
+After a forward pass, we restore random number generators, buffers, flags, hooks, attributes and removed parameters. We
+also restore the contents of plain containers, arrays, tensors, dataclasses and generators that attributes refer to.
 """
 
 from __future__ import annotations
@@ -148,9 +147,8 @@ class undisturbed:
 def random_states(cuda: Iterable[torch.device | int] = ()) -> list[Any]:
     """Return the states of the global random number generators, to be compared or passed to `set_random_states`."""
     kind, words, *place = np.random.get_state(legacy=True)
-    tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
-    of_numpy = kind, np.asarray(words).tobytes(), *place
-    return [random.getstate(), of_numpy, *(each.numpy().tobytes() for each in tensors)]
+    of_torch = [each.numpy().tobytes() for each in (torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda))]
+    return [random.getstate(), (kind, np.asarray(words).tobytes(), *place), *of_torch]
 
 
 def set_random_states(states: Iterable[Any], cuda: Iterable[torch.device | int]) -> None:
@@ -221,9 +219,12 @@ class Snapshot:
         built, changed, weights = [], self.changed(), self._parameters()
         if changed or len(weights) != len(self._weights) or not all(map(operator.is_, weights, self._weights)):
             for (kind, own), parts in zip(self._owns, self._parts, strict=True):
-                for name in _parts(own) - parts:
+                for name in _parts(own).keys() - parts.keys():
                     built.append(f"'{name}' in {kind}")
                     own["_parameters"].pop(name, None)
+                if parts.keys() - _parts(own).keys():  # an error may leave a module without its parameters
+                    held = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+                    _refill(own["_parameters"], held | own["_parameters"])
         if changed:
             for each, noted in zip(self._dicts, self._noted, strict=True):
                 _put_back(each, noted)
@@ -317,8 +318,8 @@ def _shown(state: Any) -> str:
     return str(state.tolist()) if isinstance(state, Tensor) else repr(state)
 
 
-def _parts(own: dict[str, Any]) -> set[str]:
-    return {name for kind in ("_modules", "_parameters") for name, part in own[kind].items() if part is not None}
+def _parts(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for kind in ("_modules", "_parameters") for name, part in own[kind].items() if part is not None}
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
